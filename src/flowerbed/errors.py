@@ -30,6 +30,12 @@ class ClientError(FlowerbedError):
     """A client cannot do what it was asked; becomes an error reply and is counted."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise ``ConfigError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the sentence that says that ``name`` is no ``kind``, with the nearest and all known names."""
     names = sorted(known)

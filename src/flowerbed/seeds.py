@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+
+CPU = torch.device("cpu")
 
 
 def seed_sequence(seed: int, purpose: str, *numbers: int) -> np.random.SeedSequence:
@@ -39,27 +41,52 @@ def torch_rng(seed: int, purpose: str, *numbers: int, device: str = "cpu") -> to
     return torch.Generator(device=device).manual_seed(torch_seed(seed, purpose, *numbers))
 
 
-@contextlib.contextmanager
-def global_streams(seed: int, purpose: str, *numbers: int) -> Iterator[None]:
-    """Run foreign code that draws from the *global* generators on the stream, then put them back.
+def torch_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of torch's default generators: the CPU's, and that of ``device`` if it is a GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
-    Stock Flower strategies sample with ``random`` and add noise with ``numpy.random``; modules such as
-    dropout draw from torch's default generator. Inside the block all three (torch: CPU and every visible
-    GPU) are seeded from the stream; afterwards their previous states are restored.
+
+def set_torch_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what ``torch_states`` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextlib.contextmanager
+def torch_stream(seed: int, purpose: str, *numbers: int, device: torch.device = CPU) -> Iterator[None]:
+    """Let code that draws from torch's *default* generators (dropout) draw from the stream.
+
+    Afterwards the generators of the CPU and of ``device`` are as they were.
     """
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    before = torch_states(device)
     word = torch_seed(seed, purpose, *numbers)
-    random.seed(word)
-    np.random.seed(word % 2**32)
-    torch.manual_seed(word)
+    torch.default_generator.manual_seed(word)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(word)
     try:
         yield
     finally:
+        set_torch_states(before, device)
+
+
+@contextlib.contextmanager
+def global_streams(seed: int, purpose: str, *numbers: int) -> Iterator[None]:
+    """Run foreign code that draws from *any* global generator on the stream, then put them back.
+
+    Stock Flower strategies sample with ``random`` and add noise with ``numpy.random``.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    word = torch_seed(seed, purpose, *numbers)
+    random.seed(word)
+    np.random.seed(word % 2**32)
+    try:
+        with torch_stream(seed, purpose, *numbers):
+            yield
+    finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)

@@ -1,0 +1,184 @@
+"""The ClientApp: a thin adapter between Flower messages and the client half of an algorithm."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from flowerbed import messages
+from flowerbed.clients.data import ClientData
+from flowerbed.clients.half import ClientHalf
+from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Reply
+from flowerbed.clients.params import LocalParams
+from flowerbed.clients.store import ClientState, ClientStore
+from flowerbed.datasets.dataset import Dataset
+from flowerbed.datasets.partitions import Partition
+from flowerbed.errors import ClientError
+from flowerbed.models import evaluation
+from flowerbed.models.base import ModelSpec, roles
+from flowerbed.models.parts import ModelParts
+from flowerbed.models.tasks import task_for
+
+METRICS = "metrics"
+CONFIG = "config"
+
+
+@dataclass(frozen=True)
+class ClientSpec:
+    """All that a process needs to be any client of a run; picklable, sent to an actor once."""
+
+    seed: int
+    rounds: int
+    half: ClientHalf
+    model: ModelSpec
+    dataset: Dataset
+    train: Partition
+    test: Partition | None
+    local: LocalParams
+    store: ClientStore
+    device: str = "auto"
+
+    def __call__(self) -> ClientApp:
+        """Build the ClientApp: grids take the spec itself as their factory."""
+        worker = Worker(self)
+        app = ClientApp()
+        app.train()(worker.train)
+        app.evaluate()(worker.evaluate)
+        app.query()(worker.query)
+        return app
+
+
+class Worker:
+    """One process's clients: a resident model that every client is loaded into in turn."""
+
+    def __init__(self, spec: ClientSpec) -> None:
+        self.spec = spec
+        self.device = choose_device(spec.device)
+        self.task = task_for(spec.dataset.task, spec.dataset.num_classes)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return self.spec.model.build(self.spec.seed).to(self.device)
+
+    @cached_property
+    def parts(self) -> ModelParts:
+        return ModelParts.resident(self.model)
+
+    @cached_property
+    def roles(self) -> dict[str, Any]:
+        return dict(roles(self.model))
+
+    @cached_property
+    def private(self) -> frozenset[str]:
+        return self.spec.half.private(self.roles)
+
+    @cached_property
+    def resident(self) -> dict[str, Tensor]:
+        """The resident model's own parameters and buffers, by name."""
+        return dict(self.model.state_dict(keep_vars=True))
+
+    @cached_property
+    def initial_private(self) -> dict[str, Tensor]:
+        """Where a client's private parameters start: the values of the run's initial model."""
+        initial = self.spec.model.build(self.spec.seed).state_dict()
+        return {name: initial[name].to(self.device) for name in sorted(self.private)}
+
+    def train(self, message: Message, context: Context) -> Message:
+        local = self._open(message, context, train=True)
+        reply = self.spec.half.run(local)
+        return self._close(message, local, reply)
+
+    def query(self, message: Message, context: Context) -> Message:
+        local = self._open(message, context, train=True)
+        return self._close(message, local, self.spec.half.query(local))
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        local = self._open(message, context, train=False)
+        data = self._data(local.client, test=True)
+        sums = evaluation.counts(local.model, self.task, data.x, data.y)
+        metrics = evaluation.metrics(sums, len(data), self.spec.dataset.num_classes)
+        return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+
+    def _open(self, message: Message, context: Context, *, train: bool) -> LocalRound:
+        """Decode the message, load the client's view, state and model."""
+        client = int(context.node_config["partition-id"])
+        config = dict(_only(message.content.config_records, ConfigRecord()))
+        round_ = int(config.get("server-round", 1))
+        received = {n: messages.tensors(r) for n, r in message.content.array_records.items()}
+        stateful = self.spec.half.stateful or bool(self.private) or self.spec.local.persist
+        # A training round reads what earlier rounds wrote; an evaluation also sees this round's training.
+        before = round_ if train else round_ + 1
+        state = self.spec.store.read(client, before) if stateful else {}
+        self._load(received.get(MODEL, {}), state)
+        data = self._data(client) if train else ClientData.empty()
+        limit = float(config.get("time-limit", 0.0))
+        return LocalRound(
+            client=client,
+            seed=self.spec.seed,
+            clock=Clock(round_, self.spec.rounds, self.spec.local.steps_per_round(len(data)) if train else 0),
+            phase=str(config.get("phase", "train")),
+            config=config,
+            received=received,
+            model=self.model,
+            parts=self.parts,
+            roles=self.roles,
+            task=self.task,
+            local=self.spec.local,
+            train_data=data,
+            state=state,
+            device=self.device,
+            deadline=time.monotonic() + limit if limit else None,
+        )
+
+    @torch.no_grad()
+    def _load(self, received: dict[str, Tensor], state: ClientState) -> None:
+        private = {**self.initial_private, **state.get("private", {})} if self.private else {}
+        for name, target in self.resident.items():
+            source = private[name] if name in private else received.get(name)
+            if source is None:
+                raise ClientError(f"the received model lacks '{name}'; server and client models differ")
+            if source.shape != target.shape:
+                raise ClientError(
+                    f"'{name}' arrived with shape {tuple(source.shape)}, this client's model has "
+                    f"{tuple(target.shape)}; server and client models differ"
+                )
+            target.copy_(source)
+
+    def _close(self, message: Message, local: LocalRound, reply: Reply) -> Message:
+        """Keep the client's state and encode the reply."""
+        if self.private:
+            local.state["private"] = {n: self.resident[n].detach() for n in sorted(self.private)}
+        if local.state:
+            self.spec.store.write(local.client, local.clock.round, local.state)
+        content = RecordDict()
+        for name, stream in reply.streams.items():
+            record: ArrayRecord = messages.array_record(stream)
+            content[name] = record
+        content[METRICS] = MetricRecord(dict(reply.metrics))
+        return Message(content, reply_to=message)
+
+    def _data(self, client: int, *, test: bool = False) -> ClientData:
+        dataset = self.spec.dataset
+        partition = self.spec.test if test else self.spec.train
+        split = dataset.test if test else dataset.train
+        indices = partition.indices(client) if partition is not None else np.empty(0, dtype=np.int64)
+        return ClientData.view(dataset, split, indices, self.device)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is the first GPU that this process sees, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _only(records: Any, default: ConfigRecord) -> ConfigRecord:
+    return next(iter(records.values()), default)

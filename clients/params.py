@@ -1,0 +1,93 @@
+"""What a client does in one local round, as one frozen, checked value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flowerbed.errors import require
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "exponential")
+
+
+@dataclass(frozen=True)
+class LocalParams:
+    """The local training of one round.
+
+    The local clock counts optimizer steps from the start of the *run*, also for rounds in which the client
+    was not asked: round ``t`` covers the steps ``[(t - 1) S, t S)`` with ``S`` steps a round. Data order and
+    learning rate are functions of that clock alone, so R rounds of E epochs visit the same batches at the
+    same learning rates as R*E central epochs.
+    """
+
+    epochs: int = 1
+    """Passes over the client's data in one round (E in McMahan et al. 2017)."""
+    steps: int = 0
+    """Optimizer steps in one round; 0 means that ``epochs`` decides."""
+    batch_size: int = 32
+    """Samples a step (B); 0 means the whole client data at once."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch (never the only one)."""
+    optimizer: str = "sgd"
+    """sgd, adam or adamw, as in ``torch.optim``."""
+    lr: float = 0.1
+    """Learning rate at the first step."""
+    momentum: float = 0.0
+    """Heavy-ball momentum (sgd) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    """constant; cosine (to zero at the end of the run, per step); exponential (``lr * lr_decay**(t - 1)``)."""
+    lr_decay: float = 1.0
+    """Factor a round of the exponential schedule."""
+    clip_norm: float = 0.0
+    """Largest gradient norm of a step; 0 means no clipping."""
+    persist: bool = False
+    """Keep optimizer state and module generators across rounds (makes one client equal a central run)."""
+    augment: str = "none"
+    """Name of a batch augmentation, see ``flowerbed.datasets.augment``."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"local.epochs is {self.epochs}; give at least 1.")
+        require(self.steps >= 0, f"local.steps is {self.steps}; give 0 (let epochs decide) or more.")
+        require(self.batch_size >= 0, f"local.batch_size is {self.batch_size}; give 0 (all data) or more.")
+        require(
+            self.optimizer in OPTIMIZERS,
+            f"local.optimizer is '{self.optimizer}'; choose from {', '.join(OPTIMIZERS)}.",
+        )
+        require(
+            self.schedule in SCHEDULES,
+            f"local.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}.",
+        )
+        require(
+            math.isfinite(self.lr) and self.lr >= 0,
+            f"local.lr is {self.lr}; give a finite number that is not negative.",
+        )
+        require(0 <= self.momentum < 1, f"local.momentum is {self.momentum}; give a number in [0, 1).")
+        require(
+            not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0),
+            "local.nesterov needs local.optimizer=sgd and a local.momentum above 0.",
+        )
+        require(self.weight_decay >= 0, f"local.weight_decay is {self.weight_decay}; give 0 or more.")
+        require(self.clip_norm >= 0, f"local.clip_norm is {self.clip_norm}; give 0 (off) or more.")
+        require(self.lr_decay > 0, f"local.lr_decay is {self.lr_decay}; give a number above 0.")
+
+    def batches_per_epoch(self, examples: int) -> int:
+        """Return how many steps one pass over ``examples`` samples takes."""
+        size = self.batch_size or examples
+        if self.drop_last:
+            return max(1, examples // size)
+        return math.ceil(examples / size)
+
+    def steps_per_round(self, examples: int) -> int:
+        """Return S, the optimizer steps of one round for a client with ``examples`` samples."""
+        return self.steps or self.epochs * self.batches_per_epoch(examples)
+
+    def lr_at(self, step: int, steps_per_round: int, rounds: int) -> float:
+        """Return the learning rate at clock ``step`` of a run of ``rounds`` rounds."""
+        if self.schedule == "cosine":
+            return 0.5 * self.lr * (1 + math.cos(math.pi * step / (steps_per_round * rounds)))
+        if self.schedule == "exponential":
+            return float(self.lr * self.lr_decay ** (step // steps_per_round))
+        return self.lr

@@ -1,0 +1,127 @@
+"""How a training set is divided among clients: the ``Partition`` and the one call that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from flowerbed.datasets import partitioners as rules
+from flowerbed.datasets.partitioners import Integers, Partitioner
+from flowerbed.errors import ConfigError
+from flowerbed.registry import Registry
+
+PARTITIONS: Registry[type[Partitioner]] = Registry("partition")
+"""Name -> partitioner, a frozen dataclass whose fields are the rule's parameters."""
+
+PARTITIONS.add("iid", rules.Iid)
+PARTITIONS.add("dirichlet", rules.Dirichlet)
+PARTITIONS.add("shards", rules.Shards)
+PARTITIONS.add("pathological", rules.Pathological)
+PARTITIONS.add("quantity", rules.Quantity)
+PARTITIONS.add("domain", rules.Domain)
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which samples each client holds, as one index array with offsets (no object per client).
+
+    ``samples`` is int64 ``(assigned,)``; client ``k`` holds ``samples[offsets[k] : offsets[k + 1]]``, in
+    increasing order. ``offsets`` is int64 ``(clients + 1,)``.
+    """
+
+    samples: Integers
+    offsets: Integers
+
+    @classmethod
+    def from_owners(cls, owners: npt.ArrayLike, num_clients: int) -> Partition:
+        """Return the partition in which sample ``i`` belongs to client ``owners[i]``; -1 is nobody."""
+        owner = np.asarray(owners, dtype=np.int64)
+        if owner.ndim != 1 or (len(owner) and not (owner.min() >= -1 and owner.max() < num_clients)):
+            raise ConfigError(f"Owners must be one client per sample in -1..{num_clients - 1}.")
+        order = np.argsort(owner, kind="stable")
+        unassigned = int(np.count_nonzero(owner < 0))
+        counts = np.bincount(owner[owner >= 0], minlength=num_clients)
+        return cls(order[unassigned:], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+    def __post_init__(self) -> None:
+        for array in (self.samples, self.offsets):
+            array.flags.writeable = False
+
+    @property
+    def num_clients(self) -> int:
+        """The number of clients."""
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Integers:
+        """The number of samples of each client, int64 ``(clients,)``."""
+        return np.diff(self.offsets)
+
+    def indices(self, client: int) -> Integers:
+        """Return the client's sample indices, a read-only view; raises ``ConfigError`` for no such client."""
+        if not 0 <= client < self.num_clients:
+            raise ConfigError(f"There is no client {client}; clients are 0..{self.num_clients - 1}.")
+        return self.samples[self.offsets[client] : self.offsets[client + 1]]
+
+    def class_counts(self, labels: Tensor | npt.ArrayLike, num_classes: int) -> Integers:
+        """Return how many samples of each class each client holds, int64 ``(clients, classes)``."""
+        client = np.repeat(np.arange(self.num_clients), self.sizes)
+        cells = client * num_classes + np.asarray(labels, dtype=np.int64)[self.samples]
+        counts = np.bincount(cells, minlength=self.num_clients * num_classes)
+        return counts.reshape(self.num_clients, num_classes)
+
+
+def partition(
+    rule: str | Partitioner,
+    labels: Tensor | npt.ArrayLike,
+    num_clients: int,
+    seed: int,
+    domains: Tensor | npt.ArrayLike | None = None,
+    **parameters: Any,
+) -> Partition:
+    """Divide the samples among clients: each sample goes to exactly one client, each client gets some.
+
+    ``rule`` is a name in ``PARTITIONS`` with its ``parameters``, or a partitioner. ``labels`` is ``(N,)``
+    classes (for next-token tasks ``(N, L)``, which only rules that ignore labels accept) and ``domains`` an
+    optional ``(N,)`` of domain indices. The result is a pure function of the arguments.
+
+    Raises ``ConfigError`` if the parameters are invalid or the division is impossible.
+    """
+    partitioner = _build(rule, parameters)
+    label_array = np.asarray(labels)
+    domain_array = None if domains is None else np.asarray(domains, dtype=np.int64)
+    if num_clients < 1:
+        raise ConfigError(f"A partition needs at least one client, not {num_clients}.")
+    if num_clients > len(label_array):
+        raise ConfigError(
+            f"{num_clients} clients cannot share {len(label_array)} samples; use fewer clients or more data."
+        )
+    if domain_array is not None and domain_array.shape != label_array.shape[:1]:
+        raise ConfigError(f"There are {len(label_array)} samples but domains of shape {domain_array.shape}.")
+    owners = partitioner.owners(label_array, num_clients, seed, domain_array)
+    result = Partition.from_owners(owners, num_clients)
+    if len(result.samples) != len(label_array) or not result.sizes.all():
+        raise ConfigError(
+            f"The partitioner {partitioner} left out samples or clients; its owners() must name a client for "
+            "every sample and at least one sample for every client."
+        )
+    return result
+
+
+def _build(rule: str | Partitioner, parameters: dict[str, Any]) -> Partitioner:
+    if not isinstance(rule, str):
+        return dataclasses.replace(rule, **parameters) if parameters else rule  # type: ignore[type-var]
+    kind = PARTITIONS.get(rule)
+    try:
+        return kind(**parameters)
+    except TypeError as error:
+        known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        names = ", ".join(field.name for field in known) or "(none)"
+        raise ConfigError(
+            f"The partition '{rule}' has no such parameter: {error}. Known: {names}."
+        ) from error

@@ -1,0 +1,95 @@
+"""``load_dataset``: a data set by name, decoded once and then mapped from a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowerbed.datasets import cache
+from flowerbed.datasets.dataset import Dataset
+from flowerbed.datasets.digits import Digits
+from flowerbed.datasets.files import Found, Progress, Search
+from flowerbed.datasets.source import DataSource
+from flowerbed.errors import ConfigError, DataError, FlowerbedError
+from flowerbed.registry import Registry
+
+DATASETS: Registry[Callable[..., DataSource | Dataset]] = Registry("dataset")
+"""Name -> factory. A factory takes the set's options by keyword and returns a source, or a ready set."""
+
+DATASETS.add("digits", Digits)
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Dataset:
+    """Return the data set called ``name``.
+
+    ``name`` is one of ``DATASETS``, ``npz:PATH`` (see ``NpzFile``), or ``package.module:factory``, where the
+    factory takes ``options`` and returns a ``Dataset`` or a ``DataSource``. Files are looked for in
+    ``data_dir`` (default: the environment variable ``FLOWERBED_DATA``), then downloaded from the official
+    place if ``download`` allows it. The decoded set is kept in ``cache_dir`` (default: ``FLOWERBED_CACHE``,
+    else the user's cache folder). ``options`` are the source's own, for example ``labels="coarse"``.
+
+    Raises ``ConfigError`` for an unknown name or option, ``DataError`` with the remedy for data that is
+    missing, damaged or fails its checksum.
+    """
+    source = _build(name, options)
+    if isinstance(source, Dataset):
+        return source
+    cache_root = Path(cache_dir).expanduser() if cache_dir is not None else cache.default_cache_dir()
+    given = data_dir if data_dir is not None else os.environ.get("FLOWERBED_DATA") or None
+    search = Search(
+        name=name,
+        data_dir=None if given is None else Path(given).expanduser(),
+        download_dir=cache_root / "downloads",
+        download=download,
+        progress=progress,
+    )
+    found = source.locate(search)
+    if not found.files:
+        return _read(name, source, found)
+    folder = cache_root / "decoded" / cache.cache_key(name, _options(source), found)
+    cached = cache.load(folder)
+    return cached if cached is not None else cache.store(folder, _read(name, source, found))
+
+
+def _build(name: str, options: dict[str, Any]) -> DataSource | Dataset:
+    factory = DATASETS.get(name)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        if dataclasses.is_dataclass(factory):
+            known = ", ".join(field.name for field in dataclasses.fields(factory)) or "(none)"
+            raise ConfigError(
+                f"The data set '{name}' has no such option: {error}. Known: {known}."
+            ) from error
+        raise
+
+
+def _options(source: object) -> dict[str, Any]:
+    if dataclasses.is_dataclass(source) and not isinstance(source, type):
+        return dataclasses.asdict(source)
+    return {}
+
+
+def _read(name: str, source: DataSource, found: Found) -> Dataset:
+    try:
+        return source.read(found)
+    except FlowerbedError:
+        raise
+    except Exception as error:
+        # Decoders meet damaged files with errors of every kind; the user needs the file's name.
+        where = found.files[0].parent if found.files else found.form
+        raise DataError(
+            f"The files of '{name}' in {where} cannot be read as {found.form}: "
+            f"{type(error).__name__}: {error}. Replace them by intact copies."
+        ) from error

@@ -1,0 +1,213 @@
+"""The whole description of a simulation, as frozen dataclasses that know nothing of Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowerbed.clients.params import LocalParams
+from flowerbed.errors import ConfigError, require, unknown_name
+from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
+
+# What a run is, as opposed to where and how it is computed: these sections alone decide the final model.
+IDENTITY = ("seed", "strategy", "dataset", "data", "partition", "model", "federation", "local", "evaluation", "stop")
+# Within them, what does not: more rounds only go on, and data may lie anywhere.
+NEUTRAL = (("federation", "rounds"), ("data", "dir"), ("data", "cache"), ("data", "download"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A registered thing by name, with its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Choice | str | Mapping[str, Any]) -> Choice:
+        """Read a choice from a name, or from a mapping with ``name`` and the options beside it."""
+        if isinstance(value, Choice):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        options = dict(value)
+        if "name" not in options:
+            raise ConfigError(f"A choice needs a name, got {sorted(options)}; write {{'name': ..., option: ...}}.")
+        return cls(options.pop("name"), options)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the mapping that ``of`` reads."""
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """Where data comes from."""
+
+    dir: str | None = None
+    """Folder with data sets, before FLOWERBED_DATA and downloads."""
+    cache: str | None = None
+    """Folder for decoded sets; by default FLOWERBED_CACHE or the user's cache folder."""
+    download: bool = True
+    """Whether a missing set may be downloaded."""
+    imbalance: float = 1.0
+    """Largest over smallest class of the training set (exponential profile); 1 keeps it as it is."""
+
+    def __post_init__(self) -> None:
+        require(self.imbalance >= 1, f"data.imbalance is {self.imbalance}; give 1 (balanced) or more.")
+
+
+@dataclass(frozen=True)
+class GridParams:
+    """Where clients run."""
+
+    name: str = "inprocess"
+    """inprocess, or ray. A federation of one client always runs in process."""
+    workers: int = 2
+    """Ray actors."""
+    address: str | None = None
+    """Ray cluster: auto, or host:port; None starts a local one."""
+    gpus_per_worker: float = 0.0
+    """Share of a GPU that each actor reserves."""
+    threads: int = 1
+    """Torch threads of a client's computation. Another number may change the last bits."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        require(self.name in ("inprocess", "ray"), unknown_name("grid", self.name, ("inprocess", "ray")))
+        require(self.workers >= 1, f"grid.workers is {self.workers}; give at least 1.")
+        require(self.gpus_per_worker >= 0, f"grid.gpus_per_worker is {self.gpus_per_worker}; give 0 or more.")
+        require(self.threads >= 1, f"grid.threads is {self.threads}; give at least 1.")
+
+
+@dataclass(frozen=True)
+class RunParams:
+    """The run directory."""
+
+    dir: str | None = None
+    """Where the run is kept; None keeps nothing (plain Python only)."""
+    overwrite: bool = False
+    """Replace a run that is already there."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints; 0 means only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    progress: bool | None = None
+    """Live display; None shows it on a terminal only."""
+
+    def __post_init__(self) -> None:
+        require(self.checkpoint_every >= 0, f"run.checkpoint_every is {self.checkpoint_every}; give 0 or more.")
+        require(self.keep >= 1, f"run.keep is {self.keep}; give at least 1.")
+
+
+@dataclass(frozen=True)
+class TrackingParams:
+    """Experiment tracking beside the run directory."""
+
+    name: str = "none"
+    """none or wandb."""
+    project: str = "flowerbed"
+    mode: str | None = None
+    """wandb's mode; None means online where there is a key, else offline."""
+
+    def __post_init__(self) -> None:
+        require(self.name in ("none", "wandb"), unknown_name("tracker", self.name, ("none", "wandb")))
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One run, described completely."""
+
+    strategy: Choice = Choice("fedavg")
+    dataset: Choice = Choice("digits")
+    partition: Choice = Choice("iid")
+    model: Choice = Choice("auto")
+    seed: int = 0
+    federation: FederationParams = field(default_factory=FederationParams)
+    local: LocalParams = field(default_factory=LocalParams)
+    evaluation: EvaluationParams = field(default_factory=EvaluationParams)
+    stop: StopParams = field(default_factory=StopParams)
+    data: DataParams = field(default_factory=DataParams)
+    grid: GridParams = field(default_factory=GridParams)
+    run: RunParams = field(default_factory=RunParams)
+    tracking: TrackingParams = field(default_factory=TrackingParams)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Simulation:
+        """Build from nested plain values; every unknown key is a ``ConfigError`` that lists the valid ones."""
+        sections = {f.name: f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in settings.items():
+            if key not in sections:
+                raise ConfigError(unknown_name("setting", key, sections))
+            values[key] = _section(key, value)
+        return cls(**values)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the nested plain values that ``of`` reads; this is config.yaml."""
+        result: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Choice):
+                result[f.name] = value.plain()
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                result[f.name] = dataclasses.asdict(value)
+            else:
+                result[f.name] = value
+        return result
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the final model, except the number of rounds."""
+        plain = {key: value for key, value in self.plain().items() if key in IDENTITY}
+        for section, key in NEUTRAL:
+            plain[section].pop(key)
+        if self.local.schedule == "cosine":
+            # The cosine schedule ends with the run, so here the number of rounds decides every step.
+            plain["federation"]["rounds"] = self.federation.rounds
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+SECTIONS: dict[str, type] = {
+    "federation": FederationParams,
+    "local": LocalParams,
+    "evaluation": EvaluationParams,
+    "stop": StopParams,
+    "data": DataParams,
+    "grid": GridParams,
+    "run": RunParams,
+    "tracking": TrackingParams,
+}
+CHOICES = ("strategy", "dataset", "partition", "model")
+
+
+def _section(key: str, value: Any) -> Any:
+    if key in CHOICES:
+        return Choice.of(value)
+    section = SECTIONS.get(key)
+    if section is None or isinstance(value, section):
+        return value
+    if isinstance(value, str) and key in ("grid", "tracking"):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"'{key}' holds several settings, got {value!r}; write {key}={{...}}.")
+    return build(section, value, key)
+
+
+def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Return ``cls(**values)``; an unknown or missing key is a ``ConfigError`` that lists the valid ones."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(unknown_name(f"key in {prefix}", name, known))
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{prefix}: {error}.") from error

@@ -1,0 +1,70 @@
+"""What a model is trained for: a loss per sample, and counts that add up over batches and clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowerbed.errors import ConfigError, unknown_name
+
+
+class Task(Protocol):
+    """Pure functions of a batch of outputs and labels; both work under ``torch.func.vmap``."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return one loss per sample, ``(N,)``."""
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return sums over the batch that may be added to those of any other batch.
+
+        ``loss_sum`` is a float64 scalar; ``correct`` and ``total`` are int64 ``(C,)``, by true class.
+        """
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label per sample: outputs ``(N, C)``, labels int64 ``(N,)``; the loss is the cross entropy."""
+
+    num_classes: int
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels, reduction="none")
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hits = (outputs.argmax(-1) == labels).long()
+        zeros = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
+        return {
+            "loss_sum": self.loss(outputs, labels).sum(dtype=torch.float64),
+            "correct": zeros.scatter_add(0, labels, hits),
+            "total": zeros.scatter_add(0, labels, torch.ones_like(labels)),
+        }
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """One label per position: outputs ``(N, L, V)``, labels int64 ``(N, L)``.
+
+    The loss of a sample is its mean cross entropy over the L positions. Counts are of tokens, so that
+    ``loss_sum`` over the sum of ``total`` is the mean loss of a token.
+    """
+
+    vocab: int
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.transpose(1, 2), labels, reduction="none").mean(1)
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return Classification(self.vocab).counts(outputs.flatten(0, 1), labels.flatten())
+
+
+def task_for(name: str, num_classes: int) -> Task:
+    """Return the task called ``classification`` or ``next-token``, over ``num_classes`` classes or tokens."""
+    if name == "classification":
+        return Classification(num_classes)
+    if name == "next-token":
+        return NextToken(num_classes)
+    raise ConfigError(unknown_name("task", name, ("classification", "next-token")))

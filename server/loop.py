@@ -1,0 +1,264 @@
+"""The round loop: the only one. Every algorithm, grid and paper runs through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from flowerbed import messages
+from flowerbed.errors import CheckpointError, ConfigError, RunError
+from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, EarlyStop, MetricsLog, Record
+from flowerbed.server.checkpoint import Checkpoint, Checkpoints
+from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
+from flowerbed.server.replies import Failure, check_replies, first_non_finite
+from flowerbed.storage import Tensors
+from flowerbed.strategies.base import FederatedStrategy, Phase
+
+ServerEvaluator = Callable[[Tensors], Mapping[str, Any]]
+
+
+class VersionedStore(Protocol):
+    """The part of the clients' store that the server needs (see ``flowerbed.clients.store``)."""
+
+    def rewind(self, to_round: int) -> None: ...
+
+    def prune(self, keep_round: int) -> None: ...
+
+
+@dataclass
+class RunResult:
+    """What a run leaves in memory."""
+
+    model: Tensors
+    history: list[Record]
+    status: str
+    """completed or stopped (early)."""
+    reason: str = ""
+    resumed_from: int = 0
+    """The round that the run was resumed after; 0 for a run from the start."""
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Every client failure of the run."""
+        return [failure for record in self.history for failure in record.failures]
+
+    def final(self, phase: str = SERVER) -> dict[str, Any]:
+        """Return the metrics of the last evaluation of ``phase``; {} if there was none."""
+        return next((dict(r.metrics) for r in reversed(self.history) if r.phase == phase), {})
+
+
+@dataclass
+class Federation:
+    """A strategy, an initial model and a grid, run for a number of rounds."""
+
+    strategy: FederatedStrategy
+    model: Tensors
+    """The initial global model: parameters and buffers by name."""
+    grid: Grid
+    params: FederationParams
+    evaluator: ServerEvaluator | None = None
+    evaluation: EvaluationParams = field(default_factory=EvaluationParams)
+    stop: StopParams = field(default_factory=StopParams)
+    callbacks: Sequence[Callback] = ()
+    log: MetricsLog | None = None
+    """Where every record goes; needed with ``checkpoints``, since early stopping looks back."""
+    checkpoints: Checkpoints | None = None
+    checkpoint_every: int = 1
+    store: VersionedStore | None = None
+    identity: str = ""
+    """Hash of the configuration; a checkpoint of another identity is refused."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoints is not None and self.log is None:
+            raise ConfigError("Checkpoints need a metrics log beside them; give Federation(log=MetricsLog(...)).")
+        self.history: list[Record] = []
+        self._clients = {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
+
+    def run(self, *, resume: bool = False) -> RunResult:
+        """Run all phases and return the result.
+
+        ``resume`` continues after the newest whole checkpoint, to the same bits as a run that was never
+        interrupted. Raises ``RunError`` when a round cannot be used and ``CheckpointError`` when there is
+        nothing to resume.
+        """
+        status = "failed"
+        try:
+            resumed_from = self._resume() if resume else self._start()
+            status, reason = self._rounds(resumed_from)
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            for callback in self.callbacks:
+                callback.finished(status)
+        return RunResult(self.model, self.history, status, reason, resumed_from)
+
+    def _start(self) -> int:
+        if self.log is not None:
+            self.log.rewind(0)
+        if self.store is not None:
+            self.store.rewind(0)
+        return 0
+
+    def _resume(self) -> int:
+        if self.checkpoints is None:
+            raise CheckpointError("This run keeps no checkpoints, so there is nothing to resume.")
+        checkpoint, skipped = self.checkpoints.newest()
+        if checkpoint is None:
+            found = f" ({' '.join(skipped)})" if skipped else ""
+            raise CheckpointError(f"No usable checkpoint under {self.checkpoints.root}{found}; start anew.")
+        if checkpoint.extra["identity"] != self.identity:
+            raise CheckpointError(
+                f"The checkpoint in {self.checkpoints.root} belongs to another configuration; resume with the "
+                "configuration it was made with, or choose another run.dir."
+            )
+        self.model = checkpoint.model
+        self.strategy.load_state_dict(checkpoint.strategy)
+        if self.log is not None:
+            self.history = self.log.rewind(checkpoint.extra["records"])
+        if self.store is not None:
+            self.store.rewind(checkpoint.round)
+        return checkpoint.round
+
+    def _rounds(self, done: int) -> tuple[str, str]:
+        plan = self._plan()
+        for callback in self.callbacks:
+            callback.started(len(plan), done + 1)
+        stopper = EarlyStop(self.stop)
+        reason = stopper.reason(self.history) if done else None
+        if not done:
+            self._evaluate_server(0)
+        entered: Phase | None = plan[done - 1] if done else None
+        for server_round, phase in enumerate(plan[done:], start=done + 1):
+            if reason is not None:
+                return "stopped", reason
+            self.strategy.phase = phase
+            if phase is not entered:
+                self.model = self.strategy.start_phase(phase, self.model)
+                entered = phase
+            self._exchange(server_round, phase)
+            last = server_round == len(plan)
+            if last or _due(self.evaluation.every, server_round):
+                self._evaluate_server(server_round)
+            if self.evaluation.clients_every and (last or _due(self.evaluation.clients_every, server_round)):
+                self._evaluate_clients(server_round)
+            reason = stopper.reason(self.history)
+            if last or reason is not None or _due(self.checkpoint_every, server_round):
+                self._checkpoint(server_round)
+        return ("stopped", reason) if reason is not None else ("completed", "")
+
+    def _plan(self) -> list[Phase]:
+        """Return the phase of every round."""
+        return [phase for phase in self.strategy.phases(self.params.rounds) for _ in range(phase.rounds)]
+
+    def _exchange(self, server_round: int, phase: Phase) -> None:
+        """Ask the clients, use what is usable, and move the model."""
+        started = time.perf_counter()
+        arrays = messages.array_record(self.model)
+        asked = list(self.strategy.configure_train(server_round, arrays, self._config(), self.grid))
+        if not asked:
+            raise RunError(f"Round {server_round}: the strategy asked no client.")
+        usable, failures, traffic = self._ask(asked, server_round, phase.name)
+        usable = usable[: self.params.wanted]
+        needed = max(1, round(self.params.quorum * self.params.wanted))
+        if len(usable) < needed:
+            self._record(Record(server_round, phase.name, {}, len(asked), len(usable), len(failures),
+                                time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
+            first = f" First failure: client {failures[0].client}, {failures[0].reason}." if failures else ""
+            raise RunError(
+                f"Round {server_round}: {len(usable)} of {len(asked)} clients gave a usable reply, "
+                f"{needed} are needed (federation.quorum={self.params.quorum}).{first}"
+            )
+        updated, metrics = self.strategy.aggregate_train(server_round, usable)
+        if updated is not None:
+            bad = first_non_finite(updated)
+            if bad is not None:
+                raise RunError(
+                    f"Round {server_round}: the aggregated model is not finite ('{bad}'); lower local.lr or "
+                    "the strategy's server learning rate."
+                )
+            self.model = messages.tensors(updated)
+        elif phase.message_type == "train":
+            raise RunError(
+                f"Round {server_round}: {type(self.strategy).__name__} made no model from {len(usable)} replies; "
+                "it may need more clients a round."
+            )
+        self._record(Record(server_round, phase.name, _plain(metrics), len(asked), len(usable), len(failures),
+                            time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
+
+    def _evaluate_clients(self, server_round: int) -> None:
+        started = time.perf_counter()
+        arrays = messages.array_record(self.model)
+        asked = list(self.strategy.configure_evaluate(server_round, arrays, self._config(), self.grid))
+        if not asked:
+            return
+        usable, failures, traffic = self._ask(asked, server_round, CLIENTS)
+        metrics = self.strategy.aggregate_evaluate(server_round, usable)
+        self._record(Record(server_round, CLIENTS, _plain(metrics), len(asked), len(usable), len(failures),
+                            time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
+
+    def _evaluate_server(self, server_round: int) -> None:
+        if self.evaluator is None:
+            return
+        started = time.perf_counter()
+        metrics = dict(self.evaluator(self.model))
+        self._record(Record(server_round, SERVER, metrics, seconds=time.perf_counter() - started))
+
+    def _ask(
+        self, asked: list[Message], server_round: int, phase: str
+    ) -> tuple[list[Message], list[Failure], tuple[int, int]]:
+        """Exchange messages; return the usable replies, the failures, and the bytes down and up."""
+        for callback in self.callbacks:
+            callback.asked(server_round, phase, len(asked))
+
+        def answered(reply: Message) -> None:
+            for callback in self.callbacks:
+                callback.answered(server_round, not reply.has_error())
+
+        # Our grids report replies as they arrive; with Flower's own grid the progress display just waits.
+        if hasattr(self.grid, "on_reply"):
+            self.grid.on_reply = answered
+        replies = list(self.grid.send_and_receive(asked))
+        checked = check_replies(asked, replies, self._clients, server_round)
+        sizes: dict[int, int] = {}
+        down = 0
+        for message in asked:
+            if id(message.content) not in sizes:
+                sizes[id(message.content)] = messages.nbytes(message.content)
+            down += sizes[id(message.content)]
+        up = sum(messages.nbytes(reply.content) for reply in replies if reply.has_content())
+        return checked.usable, checked.failures, (down, up)
+
+    def _config(self) -> ConfigRecord:
+        return ConfigRecord({"time-limit": self.params.time_limit} if self.params.time_limit else {})
+
+    def _record(self, record: Record) -> None:
+        self.history.append(record)
+        if self.log is not None:
+            self.log.append(record)
+        for callback in self.callbacks:
+            callback.recorded(record)
+
+    def _checkpoint(self, server_round: int) -> None:
+        if self.checkpoints is None:
+            return
+        extra = {"identity": self.identity, "records": len(self.history)}
+        self.checkpoints.save(Checkpoint(server_round, self.model, self.strategy.state_dict(), extra))
+        if self.store is not None:
+            oldest = self.checkpoints.rounds()[0]
+            self.store.prune(oldest)
+
+
+def _due(every: int, server_round: int) -> bool:
+    return every > 0 and server_round % every == 0
+
+
+def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
+    return dict(metrics.items()) if metrics is not None else {}
+
+

@@ -1,0 +1,226 @@
+"""The server half of an algorithm: the class that an algorithm file derives from.
+
+It is a Flower ``Strategy``: its four methods are the contract that our loop, and Flower's own ``start``,
+call. An algorithm overrides ``aggregate`` (and perhaps ``broadcast``, ``phases``); everything else is here
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from flowerbed import messages
+from flowerbed.clients.half import ClientHalf
+from flowerbed.clients.local_round import MODEL, Metric
+from flowerbed.models.base import Role
+from flowerbed.registry import Registry
+from flowerbed.storage import TensorGroups, Tensors
+from flowerbed.strategies import aggregation
+
+CONFIG = "config"
+EXAMPLES = "num-examples"
+
+
+class Sampler(Protocol):
+    """Who is asked: decides over node ids, seeded, the same however many workers there are."""
+
+    def train(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        """Return the nodes that train in this round."""
+
+    def evaluate(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        """Return the nodes that evaluate in this round."""
+
+
+class Everyone:
+    """The sampler used until another is given: all nodes, in order."""
+
+    def train(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        return list(nodes)
+
+    def evaluate(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        return list(nodes)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of rounds with one purpose; a run is a list of them."""
+
+    name: str
+    rounds: int
+    message_type: str = "train"
+    """``train``, or ``query`` for rounds that ask for statistics and leave the model as it is."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy is told about the run before it starts."""
+
+    seed: int
+    clients: int
+    """Registered clients (N)."""
+    rounds: int
+    roles: Mapping[str, Role]
+    """Role of every parameter and buffer of the model."""
+    parameters: frozenset[str]
+    """Names of the trainable parameters; every other name is a buffer."""
+    sampler: Sampler
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """One usable reply, decoded."""
+
+    node: int
+    streams: Mapping[str, Tensors]
+    """Read-only tensors by stream and name."""
+    metrics: Mapping[str, Metric]
+
+    @property
+    def model(self) -> Tensors:
+        """The model stream."""
+        return self.streams[MODEL]
+
+    @property
+    def examples(self) -> float:
+        """The number of training samples of the client (n_k)."""
+        return float(self.metrics[EXAMPLES])  # type: ignore[arg-type]
+
+
+class FederatedStrategy(Strategy):
+    """Base of our strategies: sampling, messages, phases and explicit state, around ``aggregate``.
+
+    State that must survive a restart lives in ``self.state``: groups of named tensors, nothing else.
+    """
+
+    Params: ClassVar[type]
+    """The algorithm's frozen parameter dataclass."""
+    Half: ClassVar[type[ClientHalf]] = ClientHalf
+    """The client half."""
+
+    def __init__(self, params: Any = None) -> None:
+        """``params`` is an instance of ``Params``; by default its defaults."""
+        self.params = self.Params() if params is None else params
+        self.half = self.Half(self.params)
+        self.state: TensorGroups = {}
+        self.setting: Setting | None = None
+        self.phase = Phase("train", 0)
+        self.current: Tensors = {}
+        """The model as it was broadcast in this round."""
+
+    # What an algorithm overrides.
+
+    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
+        """Return the next model from the broadcast one and the usable replies, in the order of asking."""
+        raise NotImplementedError
+
+    def broadcast(self, server_round: int) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Return further streams to send beside the model, for example control variates."""
+        return {}
+
+    def phases(self, rounds: int) -> list[Phase]:
+        """Return the phases of a run of ``rounds`` training rounds."""
+        return [Phase("train", rounds)]
+
+    def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
+        """Do server-side work before a phase (construction, data-free post-processing); return the model."""
+        return model
+
+    def setup(self, setting: Setting) -> None:
+        """Learn about the run; override to refuse settings that the algorithm cannot work with."""
+        self.setting = setting
+
+    def parameters(self, model: Tensors) -> frozenset[str]:
+        """Return the names in ``model`` that are trainable parameters, on which server optimizers act.
+
+        Before ``setup`` (a bare strategy under Flower's own loop) every floating tensor counts as one.
+        """
+        if self.setting is not None:
+            return self.setting.parameters & model.keys()
+        return frozenset(name for name, value in model.items() if value.is_floating_point())
+
+    # Flower's contract.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the sampled nodes, all with one and the same content."""
+        self.current = messages.tensors(arrays)
+        nodes = self._sampler.train(server_round, list(grid.get_node_ids()))
+        content = RecordDict({MODEL: self._shared(arrays)})
+        for name, stream in self.broadcast(server_round).items():
+            content[name] = messages.array_record(stream)
+        content[CONFIG] = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
+        kind = self.phase.message_type
+        return [Message(content=content, dst_node_id=node, message_type=kind) for node in nodes]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Decode the replies that carry content and hand them to ``aggregate``."""
+        usable = [decode(reply) for reply in replies if reply.has_content()]
+        if not usable:
+            return None, None
+        # What stayed at home (private parameters) keeps its value on the server.
+        model = {**self.current, **self.aggregate(server_round, self.current, usable)}
+        return messages.array_record(model), aggregation.mean_metrics([r.metrics for r in usable])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the sampled nodes to evaluate the model on their own test data."""
+        nodes = self._sampler.evaluate(server_round, list(grid.get_node_ids()))
+        record = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
+        content = RecordDict({MODEL: self._shared(arrays), CONFIG: record})
+        return [Message(content=content, dst_node_id=node, message_type="evaluate") for node in nodes]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Add up the clients' counts."""
+        usable = [decode(reply) for reply in replies if reply.has_content()]
+        return aggregation.summed_evaluation([r.metrics for r in usable]) if usable else None
+
+    def summary(self) -> None:
+        """Flower calls this before a run; our progress display says it all."""
+
+    # State.
+
+    def state_dict(self) -> TensorGroups:
+        """Return everything that a resumed run needs."""
+        return self.state
+
+    def load_state_dict(self, state: TensorGroups) -> None:
+        """Put back what ``state_dict`` returned."""
+        self.state = state
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self.setting.sampler if self.setting else Everyone()
+
+    def _shared(self, arrays: ArrayRecord) -> ArrayRecord:
+        private = self.half.private(self.setting.roles) if self.setting else frozenset()
+        if not private:
+            return arrays
+        record = ArrayRecord()
+        for name, array in arrays.items():
+            if name not in private:
+                record[name] = array
+        return record
+
+
+def decode(message: Message) -> ClientReply:
+    """Read a reply's records as tensors and metrics."""
+    content = message.content
+    merged: dict[str, Metric] = {}
+    for record in content.metric_records.values():
+        merged.update(record)
+    streams = {name: messages.tensors(record) for name, record in content.array_records.items()}
+    return ClientReply(message.metadata.src_node_id, streams, merged)
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy")
