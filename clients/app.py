@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,9 +110,9 @@ class Worker:
 
     def _open(self, message: Message, context: Context, *, train: bool) -> LocalRound:
         """Decode the message, load the client's view, state and model."""
-        client = int(context.node_config["partition-id"])
-        config = dict(_only(message.content.config_records, ConfigRecord()))
-        round_ = int(config.get("server-round", 1))
+        client = int(_number(context.node_config, "partition-id"))
+        config = dict(next(iter(message.content.config_records.values()), ConfigRecord()))
+        round_ = int(_number(config, "server-round", 1))
         received = {n: messages.tensors(r) for n, r in message.content.array_records.items()}
         stateful = self.spec.half.stateful or bool(self.private) or self.spec.local.persist
         # A training round reads what earlier rounds wrote; an evaluation also sees this round's training.
@@ -119,7 +120,7 @@ class Worker:
         state = self.spec.store.read(client, before) if stateful else {}
         self._load(received.get(MODEL, {}), state)
         data = self._data(client) if train else ClientData.empty()
-        limit = float(config.get("time-limit", 0.0))
+        limit = _number(config, "time-limit", 0.0)
         return LocalRound(
             client=client,
             seed=self.spec.seed,
@@ -180,5 +181,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _only(records: Any, default: ConfigRecord) -> ConfigRecord:
-    return next(iter(records.values()), default)
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, int | float):
+        return value
+    raise ClientError(f"the message's or node's setting '{key}' is {value!r}; a number is needed")

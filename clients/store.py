@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -49,8 +49,9 @@ class MemoryStore:
         return _copied(versions[max(rounds)]) if rounds else {}
 
     def write(self, client: int, round_: int, state: ClientState) -> None:
-        self._versions.setdefault(client, {})[round_] = _copied(state)
-        self._versions[client] = _needed(self._versions[client], round_ - 1)
+        versions = self._versions.setdefault(client, {})
+        versions[round_] = _copied(state)
+        self._versions[client] = _from(versions, _oldest_needed(versions, round_ - 1))
 
     def rewind(self, to_round: int) -> None:
         for client, versions in self._versions.items():
@@ -58,7 +59,7 @@ class MemoryStore:
 
     def prune(self, keep_round: int) -> None:
         for client, versions in self._versions.items():
-            self._versions[client] = _needed(versions, keep_round)
+            self._versions[client] = _from(versions, _oldest_needed(versions, keep_round))
 
 
 class DiskStore:
@@ -99,9 +100,8 @@ class DiskStore:
     def prune(self, keep_round: int) -> None:
         for folder in self.root.glob("*/*"):
             rounds = self._rounds(folder)
-            needed = _needed(dict.fromkeys(rounds, {}), keep_round)
             for round_ in rounds:
-                if round_ not in needed:
+                if round_ < _oldest_needed(rounds, keep_round):
                     (folder / _file(round_)).unlink()
 
 
@@ -109,10 +109,13 @@ def _file(round_: int) -> str:
     return f"round-{round_:06d}.safetensors"
 
 
-def _needed(versions: Mapping[int, ClientState], keep_round: int) -> dict[int, ClientState]:
-    """Return the versions after ``keep_round`` and the newest one up to it."""
-    newest = max((r for r in versions if r <= keep_round), default=keep_round)
-    return {r: s for r, s in versions.items() if r >= newest}
+def _oldest_needed(rounds: Iterable[int], keep_round: int) -> int:
+    """Return the newest version up to ``keep_round``: the oldest one that a reader from there on can get."""
+    return max((r for r in rounds if r <= keep_round), default=keep_round)
+
+
+def _from(versions: Mapping[int, ClientState], oldest: int) -> dict[int, ClientState]:
+    return {r: s for r, s in versions.items() if r >= oldest}
 
 
 def _copied(state: ClientState) -> ClientState:

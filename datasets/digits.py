@@ -9,6 +9,7 @@ import torch
 
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.datasets.files import Found, Search
+from flowerbed.datasets.images import image_statistics
 from flowerbed.errors import DataError
 from flowerbed.seeds import numpy_rng
 
@@ -44,12 +45,12 @@ class Digits:
             Split(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows].astype(np.int64)))
             for rows in (order[:_TRAIN], order[_TRAIN:])
         ]
-        scaled = parts[0].inputs.double() / 255
+        mean, std = image_statistics(parts[0].inputs)
         return Dataset(
             name="digits",
             train=parts[0],
             test=parts[1],
             classes=tuple("0123456789"),
-            mean=(float(scaled.mean()),),
-            std=(float(scaled.std(correction=0)),),
+            mean=mean,
+            std=std,
         )

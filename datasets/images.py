@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,15 +210,16 @@ class Cifar100:
 
 def image_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of each channel of uint8 images, on the scale [0, 1]."""
-    # Counting the 256 values of a channel is exact and needs no float copy of the images.
-    values = torch.arange(256, dtype=torch.float64) / 255
+    # Whole numbers, so that the result does not depend on an order of summation, hence not on threads.
     means, stds = [], []
     for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
-        share = counts / counts.sum()
-        mean = float((share * values).sum())
-        means.append(mean)
-        stds.append(max(float((share * (values - mean) ** 2).sum()) ** 0.5, 1e-6))
+        counts = torch.bincount(images[:, channel].flatten(), minlength=256).tolist()
+        total = sum(counts)
+        first = sum(count * value for value, count in enumerate(counts))
+        second = sum(count * value * value for value, count in enumerate(counts))
+        means.append(first / (255 * total))
+        # A channel that never varies is not scaled.
+        stds.append(math.sqrt(total * second - first * first) / (255 * total) or 1.0)
     return tuple(means), tuple(stds)
 
 

@@ -88,8 +88,10 @@ def _statistics(inputs: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, .
         return (0.0,), (1.0,)
     if inputs.dtype == torch.uint8:
         return image_statistics(inputs)
-    over = [dim for dim in range(inputs.dim()) if dim != 1]
-    std, mean = torch.std_mean(inputs.double(), dim=over, correction=0)
-    # A feature that never varies stays 0 instead of becoming infinite.
-    std = torch.where(std > 0, std, torch.ones_like(std))
-    return tuple(mean.tolist()), tuple(std.tolist())
+    # numpy sums in an order that does not depend on threads.
+    values = inputs.numpy()
+    over = tuple(axis for axis in range(values.ndim) if axis != 1)
+    mean = values.mean(axis=over, dtype=np.float64)
+    std = values.std(axis=over, dtype=np.float64)
+    # A feature that never varies is not scaled.
+    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())

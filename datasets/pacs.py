@@ -62,7 +62,8 @@ class Pacs:
         except ImportError as error:
             why = "the package 'datasets' that would download it is not installed (pip install datasets)"
             raise search.missing(why, wanted) from error
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # The Hub's client raises errors of several libraries.
             raise search.missing(f"{_HUGGING_FACE} could not be downloaded ({error})", wanted) from error
         return Found("folders", _images(search.download_dir / search.name))
 
@@ -153,6 +154,8 @@ def _write_folders(rows: Iterable[Mapping[str, Any]], folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for number, row in enumerate(rows):
+            if row["domain"] not in DOMAINS or row["label"] not in CLASSES:
+                raise DataError(f"there is an unknown domain or class: {row['domain']}, {row['label']}")
             place = temporary / row["domain"] / row["label"]
             place.mkdir(parents=True, exist_ok=True)
             # Pillow goes by the content, not by the suffix.

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from flowerbed.errors import ConfigError
-from flowerbed.seeds import numpy_rng, torch_seed
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner as FlowerPartitioner
+from flowerbed.seeds import global_streams, numpy_rng, torch_seed
 
 Integers = npt.NDArray[np.int64]
 Labels = npt.NDArray[Any]
@@ -102,10 +99,9 @@ class Dirichlet:
         return self._by_flower(classes, num_clients, seed)
 
     def _by_flower(self, classes: Integers, num_clients: int, seed: int) -> Integers:
-        from flwr_datasets.partitioner import DirichletPartitioner
-
+        kinds = _flower_partitioners(f"dirichlet variant '{self.variant}'")
         for attempt in range(_FLOWER_ATTEMPTS):
-            partitioner = DirichletPartitioner(
+            partitioner = kinds.DirichletPartitioner(
                 num_partitions=num_clients,
                 partition_by="label",
                 alpha=float(self.alpha),
@@ -180,15 +176,14 @@ class Pathological:
 
     def owners(self, labels: Labels, num_clients: int, seed: int, domains: Integers | None) -> Integers:
         """Return the client of each sample; raises ``ConfigError`` if a class would stay without a client."""
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
+        kinds = _flower_partitioners("pathological")
         classes = _class_ids("pathological", labels)
         count = len(np.unique(classes))
         if self.classes_per_client > count:
             raise ConfigError(
                 f"pathological classes_per_client={self.classes_per_client} is more than the {count} classes."
             )
-        partitioner = PathologicalPartitioner(
+        partitioner = kinds.PathologicalPartitioner(
             num_partitions=num_clients,
             partition_by="label",
             num_classes_per_partition=self.classes_per_client,
@@ -318,7 +313,7 @@ class Domain:
 
 
 def largest_remainder(weights: npt.ArrayLike, total: int) -> Integers:
-    """Return non-negative integers in proportion to ``weights`` that sum to ``total`` (Hamilton's method).
+    """Return whole shares of ``total`` in proportion to ``weights`` (Hamilton's method).
 
     ``weights`` is ``(n,)``, non-negative, not all 0 unless ``total`` is 0; a weight of 0 gets 0. Ties in the
     remainder go to the lower index.
@@ -327,13 +322,10 @@ def largest_remainder(weights: npt.ArrayLike, total: int) -> Integers:
     if total == 0:
         return np.zeros(len(weight), dtype=np.int64)
     exact = weight / weight.sum() * total
-    whole = np.floor(exact).astype(np.int64)
-    left = total - int(whole.sum())
-    # Rounding may leave one unit too many or too few in all; only then would a remainder of 0 be served.
-    remainder = np.where(weight > 0, exact - whole, -1.0)
-    for index in np.argsort(-remainder, kind="stable")[: max(left, 0)]:
-        whole[index] += 1
-    return whole
+    shares: Integers = np.floor(exact).astype(np.int64)
+    left = total - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:left]] += 1
+    return shares
 
 
 def _per_client_dirichlet(
@@ -368,7 +360,21 @@ def _per_client_dirichlet(
     return owners
 
 
-def _owners_from_flower(partitioner: FlowerPartitioner, classes: Integers, num_clients: int) -> Integers:
+def _flower_partitioners(rule: str) -> Any:
+    """Return the module ``flwr_datasets.partitioner``; raises ``ConfigError`` if it is not installed."""
+    try:
+        # Importing Hugging Face's datasets below it draws from Python's global generator.
+        with global_streams(0, "datasets.partition.import"):
+            from flwr_datasets import partitioner
+    except ImportError as error:
+        raise ConfigError(
+            f"The partition {rule} needs flwr-datasets, which is not installed; install it with: "
+            "pip install flwr-datasets"
+        ) from error
+    return partitioner
+
+
+def _owners_from_flower(partitioner: Any, classes: Integers, num_clients: int) -> Integers:
     """Let a flwr-datasets partitioner divide (label, index) rows; -1 marks a sample that it left out."""
     import datasets
 
@@ -385,7 +391,8 @@ def _owners_from_flower(partitioner: FlowerPartitioner, classes: Integers, num_c
 
 def _deal(samples: int, num_clients: int, rng: np.random.Generator) -> Integers:
     """Return random owners for ``samples`` such that client sizes differ by at most one."""
-    return rng.permutation(np.repeat(np.arange(num_clients), _even_sizes(samples, num_clients)))
+    owners: Integers = rng.permutation(np.repeat(np.arange(num_clients), _even_sizes(samples, num_clients)))
+    return owners
 
 
 def _even_sizes(total: int, parts: int) -> Integers:

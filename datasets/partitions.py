@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +115,16 @@ def partition(
 
 def _build(rule: str | Partitioner, parameters: dict[str, Any]) -> Partitioner:
     if not isinstance(rule, str):
-        return dataclasses.replace(rule, **parameters) if parameters else rule  # type: ignore[type-var]
+        if parameters:
+            raise ConfigError(f"Parameters go with a partition's name; {rule} already has its own.")
+        return rule
     kind = PARTITIONS.get(rule)
+    signature = inspect.signature(kind)
     try:
-        return kind(**parameters)
+        signature.bind(**parameters)
     except TypeError as error:
-        known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-        names = ", ".join(field.name for field in known) or "(none)"
+        known = ", ".join(signature.parameters) or "(none)"
         raise ConfigError(
-            f"The partition '{rule}' has no such parameter: {error}. Known: {names}."
+            f"The parameters of the partition '{rule}' do not fit: {error}. Known: {known}."
         ) from error
+    return kind(**parameters)

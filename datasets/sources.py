@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,10 @@ from flowerbed.datasets import cache
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.digits import Digits
 from flowerbed.datasets.files import Found, Progress, Search
+from flowerbed.datasets.images import Cifar10, Cifar100, FashionMnist, Mnist, Usps
+from flowerbed.datasets.npz import NpzFile
+from flowerbed.datasets.pacs import Pacs
+from flowerbed.datasets.shakespeare import Shakespeare
 from flowerbed.datasets.source import DataSource
 from flowerbed.errors import ConfigError, DataError, FlowerbedError
 from flowerbed.registry import Registry
@@ -20,6 +26,15 @@ DATASETS: Registry[Callable[..., DataSource | Dataset]] = Registry("dataset")
 """Name -> factory. A factory takes the set's options by keyword and returns a source, or a ready set."""
 
 DATASETS.add("digits", Digits)
+DATASETS.add("mnist", Mnist)
+DATASETS.add("fashion_mnist", FashionMnist)
+DATASETS.add("usps", Usps)
+DATASETS.add("cifar10", Cifar10)
+DATASETS.add("cifar100", Cifar100)
+DATASETS.add("pacs", Pacs)
+DATASETS.add("shakespeare", Shakespeare)
+
+_NPZ = "npz:"
 
 
 def load_dataset(
@@ -63,16 +78,18 @@ def load_dataset(
 
 
 def _build(name: str, options: dict[str, Any]) -> DataSource | Dataset:
-    factory = DATASETS.get(name)
+    factory: Callable[..., DataSource | Dataset]
+    if name.startswith(_NPZ):
+        factory = functools.partial(NpzFile, name.removeprefix(_NPZ))
+    else:
+        factory = DATASETS.get(name)
+    signature = inspect.signature(factory)
     try:
-        return factory(**options)
+        signature.bind(**options)
     except TypeError as error:
-        if dataclasses.is_dataclass(factory):
-            known = ", ".join(field.name for field in dataclasses.fields(factory)) or "(none)"
-            raise ConfigError(
-                f"The data set '{name}' has no such option: {error}. Known: {known}."
-            ) from error
-        raise
+        known = ", ".join(signature.parameters) or "(none)"
+        raise ConfigError(f"The options of data set '{name}' do not fit: {error}. Known: {known}.") from error
+    return factory(**options)
 
 
 def _options(source: object) -> dict[str, Any]:

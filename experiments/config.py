@@ -14,7 +14,18 @@ from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 
 # What a run is, as opposed to where and how it is computed: these sections alone decide the final model.
-IDENTITY = ("seed", "strategy", "dataset", "data", "partition", "model", "federation", "local", "evaluation", "stop")
+IDENTITY = (
+    "seed",
+    "strategy",
+    "dataset",
+    "data",
+    "partition",
+    "model",
+    "federation",
+    "local",
+    "evaluation",
+    "stop",
+)
 # Within them, what does not: more rounds only go on, and data may lie anywhere.
 NEUTRAL = (("federation", "rounds"), ("data", "dir"), ("data", "cache"), ("data", "download"))
 
@@ -35,7 +46,9 @@ class Choice:
             return cls(value)
         options = dict(value)
         if "name" not in options:
-            raise ConfigError(f"A choice needs a name, got {sorted(options)}; write {{'name': ..., option: ...}}.")
+            raise ConfigError(
+                f"A choice needs a name, got {sorted(options)}; write {{'name': ..., option: ...}}."
+            )
         return cls(options.pop("name"), options)
 
     def plain(self) -> dict[str, Any]:
@@ -100,7 +113,9 @@ class RunParams:
     """Live display; None shows it on a terminal only."""
 
     def __post_init__(self) -> None:
-        require(self.checkpoint_every >= 0, f"run.checkpoint_every is {self.checkpoint_every}; give 0 or more.")
+        require(
+            self.checkpoint_every >= 0, f"run.checkpoint_every is {self.checkpoint_every}; give 0 or more."
+        )
         require(self.keep >= 1, f"run.keep is {self.keep}; give at least 1.")
 
 

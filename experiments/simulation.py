@@ -26,8 +26,9 @@ from torch import Tensor
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
 from flowerbed.datasets.dataset import Dataset
-from flowerbed.datasets.partitions import Partition, long_tail, matched_test_partition, partition
+from flowerbed.datasets.partitions import Partition, partition
 from flowerbed.datasets.sources import load_dataset
+from flowerbed.datasets.subsets import long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
@@ -175,7 +176,9 @@ def build_strategy(choice: Choice) -> FederatedStrategy:
     """
     load_all()
     if choice.name.startswith("flower:"):
-        return FlowerStrategy(FlowerParams(flower=choice.name.removeprefix("flower:"), options=dict(choice.options)))
+        return FlowerStrategy(
+            FlowerParams(flower=choice.name.removeprefix("flower:"), options=dict(choice.options))
+        )
     found = STRATEGIES.get(choice.name)
     if isinstance(found, type) and issubclass(found, FederatedStrategy):
         return found(build(found.Params, choice.options, "strategy"))

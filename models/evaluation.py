@@ -39,7 +39,9 @@ def counts(
     return sums
 
 
-def metrics(sums: dict[str, Tensor], examples: int, num_classes: int) -> dict[str, float | int | list[int]]:
+def metrics(
+    sums: dict[str, Tensor], examples: int, num_classes: int
+) -> dict[str, int | float | list[int] | list[float]]:
     """Return ``num-examples``, mean ``loss``, ``accuracy`` and the counts per class.
 
     Without any sample all are zero, so that a client that has none weighs nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +11,35 @@ from torch import nn
 
 from flowerbed import seeds
 from flowerbed.errors import ConfigError, unknown_name
-from flowerbed.models import dense
+from flowerbed.models import cnn, dense, foreign, mobilenet, recurrent, resnet, transformer
 from flowerbed.models.base import Builder, Shape
 from flowerbed.registry import Registry
 
 MODELS: Registry[Builder] = Registry("model")
-MODELS.add("linear", dense.linear)
-MODELS.add("mlp", dense.mlp)
+for _name, _builder in {
+    "linear": dense.linear,
+    "mlp": dense.mlp,
+    "lenet5": cnn.lenet5,
+    "leaf_cnn": cnn.leaf_cnn,
+    "pfl_cnn": cnn.pfl_cnn,
+    "small_cnn": cnn.small_cnn,
+    "resnet8": resnet.cifar_resnet(8),
+    "resnet20": resnet.cifar_resnet(20),
+    "resnet32": resnet.cifar_resnet(32),
+    "resnet18": resnet.resnet18,
+    "wrn16_2": resnet.wide_resnet(16, 2),
+    "wrn28_2": resnet.wide_resnet(28, 2),
+    "wrn28_10": resnet.wide_resnet(28, 10),
+    "mobilenet_tiny": mobilenet.mobilenet_tiny,
+    "vit_tiny": transformer.vit_tiny,
+    "gpt_tiny": transformer.gpt_tiny,
+    "char_lstm": recurrent.char_lstm,
+    "char_gru": recurrent.char_gru,
+}.items():
+    MODELS.add(_name, _builder)
 
 
-def build_model(
-    name: str, input_shape: Shape, num_classes: int, seed: int = 0, **options: Any
-) -> nn.Module:
+def build_model(name: str, input_shape: Shape, num_classes: int, seed: int = 0, **options: Any) -> nn.Module:
     """Build the model called ``name`` on the CPU for samples of ``input_shape`` (without the batch).
 
     ``name`` is registered here, announced by an installed package, an import path
@@ -29,29 +47,46 @@ def build_model(
     global generators are left as they were. Raises ``ConfigError`` if the name or an option is unknown, an
     option has the wrong type, or the model cannot take the input.
     """
-    builder = MODELS.get(name)
+    builder = foreign.timm_builder(name) if name.startswith(foreign.PREFIX) else MODELS.get(name)
     checked = _check_options(name, builder, options)
     with seeds.global_streams(seed, "initial weights"):
         return builder(tuple(input_shape), num_classes, **checked)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the sorted names that match the glob ``pattern``."""
+    """Return the sorted names that match the glob ``pattern``; timm's only if it begins with ``timm:``."""
+    if pattern.startswith(foreign.PREFIX):
+        return sorted(fnmatch.filter(foreign.timm_names(), pattern))
     return MODELS.names(pattern)
 
 
 def _check_options(name: str, builder: Builder, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, lists as tuples; refuse unknown ones and values unlike the default's type."""
-    accepted = inspect.signature(builder).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    accepted = inspect.signature(builder).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
         return dict(options)
-    defaults = {n: p.default for n, p in list(accepted.items())[2:]}
+    defaults = {p.name: p.default for p in accepted if p.kind is p.KEYWORD_ONLY}
     checked = {}
     for option, value in options.items():
         if option not in defaults:
             raise ConfigError(unknown_name(f"option of model '{name}'", option, defaults))
         checked[option] = tuple(value) if isinstance(value, list) else value
-        wanted = type(defaults[option])
-        if type(checked[option]) is not wanted:
-            raise ConfigError(f"Option {option}={value!r} of model '{name}' must be of type {wanted.__name__}.")
+        if not _alike(checked[option], defaults[option]):
+            wanted = _type_name(defaults[option])
+            raise ConfigError(f"Option {option}={value!r} of model '{name}' must be of type {wanted}.")
     return checked
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether ``value`` has the type of ``default`` (and of its first item); anything goes for None."""
+    if default is None or default is inspect.Parameter.empty:
+        return True
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return all(type(item) is type(default[0]) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
+
+
+def _type_name(default: Any) -> str:
+    return f"list of {type(default[0]).__name__}" if isinstance(default, tuple) else type(default).__name__

@@ -107,7 +107,9 @@ class EarlyStop:
         if not p.patience and p.target is None:
             return None
         sign = 1.0 if p.mode == "max" else -1.0
-        values = [sign * float(r.metrics[p.metric]) for r in history if r.phase == SERVER and p.metric in r.metrics]
+        values = [
+            sign * float(r.metrics[p.metric]) for r in history if r.phase == SERVER and p.metric in r.metrics
+        ]
         if not values:
             return None
         if p.target is not None and values[-1] >= sign * p.target:

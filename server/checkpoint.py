@@ -86,7 +86,9 @@ class Checkpoints:
             manifest = json.loads((folder / MANIFEST).read_text())
             for name, digest in manifest["sha256"].items():
                 if _digest(folder / name) != digest:
-                    raise CheckpointError(f"The checkpoint file {folder / name} is damaged (checksum differs).")
+                    raise CheckpointError(
+                        f"The checkpoint file {folder / name} is damaged (checksum differs)."
+                    )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"The checkpoint {folder} cannot be read: {error}.") from error
         model = load_groups(folder / MODEL_FILE)["model"]

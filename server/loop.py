@@ -75,7 +75,9 @@ class Federation:
 
     def __post_init__(self) -> None:
         if self.checkpoints is not None and self.log is None:
-            raise ConfigError("Checkpoints need a metrics log beside them; give Federation(log=MetricsLog(...)).")
+            raise ConfigError(
+                "Checkpoints need a metrics log beside them; give Federation(log=MetricsLog(...))."
+            )
         self.history: list[Record] = []
         self._clients = {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
 
@@ -260,5 +262,3 @@ def _due(every: int, server_round: int) -> bool:
 
 def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
     return dict(metrics.items()) if metrics is not None else {}
-
-

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message
 from flowerbed import messages
 
 T = TypeVar("T", bound=Hashable)
+Metric = int | float | list[int] | list[float]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -109,8 +110,8 @@ def _error_kind(reason: str) -> str:
     return "raised"
 
 
-def _metrics(reply: Message) -> dict[str, object]:
-    merged: dict[str, object] = {}
+def _metrics(reply: Message) -> dict[str, Metric]:
+    merged: dict[str, Metric] = {}
     for record in reply.content.metric_records.values():
         merged.update(record)
     return merged
@@ -145,13 +146,15 @@ def _metric_problem(reply: Message, usual: frozenset[str], weight_key: str) -> t
         if not all(math.isfinite(v) for v in numbers):
             return "non-finite", f"metric '{name}' is {value}"
     weight = found[weight_key]
-    if isinstance(weight, list) or weight < 0:  # type: ignore[operator]
+    if isinstance(weight, list) or weight < 0:
         return "missing-metric", f"metric '{weight_key}' is {weight}, not a number of examples"
     return None
 
 
 def _shape_problem(
-    reply: Message, sent: Mapping[str, Mapping[str, tuple[int, ...]]], usual: frozenset[tuple[str, Shapes]] | tuple[()]
+    reply: Message,
+    sent: Mapping[str, Mapping[str, tuple[int, ...]]],
+    usual: frozenset[tuple[str, Shapes]] | tuple[()],
 ) -> tuple[str, str] | None:
     for stream, record in reply.content.array_records.items():
         for name, shape in _record_shapes(record):
@@ -178,5 +181,3 @@ def _number_problem(reply: Message) -> tuple[str, str] | None:
         if name is not None:
             return "non-finite", f"'{name}' of stream '{stream}' holds NaN or infinity"
     return None
-
-

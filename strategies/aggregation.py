@@ -43,14 +43,15 @@ def weighted_mean(models: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
 def mean_metrics(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     """Return the example-weighted mean of scalar metrics and the sum of ``COUNTS``."""
-    weights = [float(r["num-examples"]) for r in replies]  # type: ignore[arg-type]
+    weights = [scalar(r["num-examples"]) for r in replies]
     total = sum(weights) or 1.0
     result: dict[str, Metric] = {}
     for name, first in replies[0].items():
         if name in COUNTS:
             result[name] = _added([r[name] for r in replies])
         elif not isinstance(first, list):
-            result[name] = sum(w * float(r[name]) for w, r in zip(weights, replies)) / total  # type: ignore[arg-type]
+            weighted = [w * scalar(r[name]) for w, r in zip(weights, replies, strict=True)]
+            result[name] = sum(weighted) / total
     return MetricRecord(result)
 
 
@@ -60,17 +61,29 @@ def summed_evaluation(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     ``accuracy`` and ``loss`` are over samples; ``accuracy-mean`` is the mean over the clients that have test
     samples, ``accuracy-worst`` the lowest of them.
     """
-    result = dict(mean_metrics(replies))
-    correct, total = sum(result["correct-per-class"]), sum(result["total-per-class"])  # type: ignore[arg-type]
-    result["accuracy"] = correct / total if total else 0.0
-    per_client = [float(r["accuracy"]) for r in replies if r["num-examples"]]  # type: ignore[arg-type]
+    result: dict[str, Metric] = dict(mean_metrics(replies))
+    correct, total = _entries(result["correct-per-class"]), _entries(result["total-per-class"])
+    result["accuracy"] = sum(correct) / sum(total) if sum(total) else 0.0
+    per_client = [scalar(r["accuracy"]) for r in replies if r["num-examples"]]
     if per_client:
         result["accuracy-mean"] = sum(per_client) / len(per_client)
         result["accuracy-worst"] = min(per_client)
     return MetricRecord(result)
 
 
+def scalar(metric: Metric) -> float:
+    """Return a metric that must be one number; raises ``RunError`` for a list."""
+    if isinstance(metric, list):
+        raise RunError(f"Expected one number, got a list of {len(metric)}.")
+    return float(metric)
+
+
+def _entries(metric: Metric) -> list[float]:
+    return list(metric) if isinstance(metric, list) else [metric]
+
+
 def _added(values: Sequence[Metric]) -> Metric:
     if isinstance(values[0], list):
-        return [sum(column) for column in zip(*values, strict=True)]  # type: ignore[arg-type]
-    return sum(values)  # type: ignore[arg-type]
+        columns = zip(*(_entries(v) for v in values), strict=True)
+        return [sum(column) for column in columns]
+    return sum(v for v in values if not isinstance(v, list))

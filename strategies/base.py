@@ -90,7 +90,7 @@ class ClientReply:
     @property
     def examples(self) -> float:
         """The number of training samples of the client (n_k)."""
-        return float(self.metrics[EXAMPLES])  # type: ignore[arg-type]
+        return aggregation.scalar(self.metrics[EXAMPLES])
 
 
 class FederatedStrategy(Strategy):

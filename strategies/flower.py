@@ -8,6 +8,7 @@ come back as integers, and the attributes that hold state are saved with a check
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
 
 T = TypeVar("T")
+LOG = logging.getLogger("flwr")
 SCALARS = "scalars"
 ARRAYS = "arrays"
 # Arithmetic on numpy arrays without dimensions gives numpy scalars.
@@ -71,7 +73,7 @@ class FlowerHalf(ClientHalf):
         mu = float(local.config.get("proximal-mu", 0.0))
         return {"mu": mu, "reference": local.received_model()} if mu else {}
 
-    def correct(self, gradients: Tensors, parameters: Mapping[str, Tensor], extras: Extras) -> Tensors:
+    def correct(self, gradients: Tensors, parameters: Mapping[str, torch.Tensor], extras: Extras) -> Tensors:
         if not extras:
             return gradients
         mu, reference = extras["mu"], extras["reference"]
@@ -152,8 +154,14 @@ class FlowerStrategy(FederatedStrategy):
 
     def _seeded(self, purpose: str, server_round: int, call: Callable[[Strategy], T]) -> T:
         seed = self.setting.seed if self.setting else 0
-        with seeds.global_streams(seed, f"flower {purpose}", server_round):
-            return call(self.inner)
+        # Flower reports every call on its log; our progress display says the same once.
+        level = LOG.level
+        LOG.setLevel(logging.WARNING)
+        try:
+            with seeds.global_streams(seed, f"flower {purpose}", server_round):
+                return call(self.inner)
+        finally:
+            LOG.setLevel(level)
 
     def _typed(self, arrays: ArrayRecord) -> Tensors:
         """Return the aggregated model with the types of the broadcast one."""
@@ -174,11 +182,11 @@ def _strategy_class(name: str) -> type[Strategy]:
     return found
 
 
-def _build(
-    class_: type[Strategy], params: FlowerParams, counts: Mapping[str, int], clients: int
-) -> Strategy:
+def _build(class_: type[Strategy], params: FlowerParams, counts: Mapping[str, int], clients: int) -> Strategy:
     accepted = set(inspect.signature(class_.__init__).parameters) | (
-        set(inspect.signature(flower.FedAvg.__init__).parameters) if issubclass(class_, flower.FedAvg) else set()
+        set(inspect.signature(flower.FedAvg.__init__).parameters)
+        if issubclass(class_, flower.FedAvg)
+        else set()
     )
     given = dict(params.options)
     ours: dict[str, Any] = {
@@ -196,7 +204,9 @@ def _build(
     keywords = {**{k: v for k, v in ours.items() if k in accepted}, **given}
     unknown = sorted(set(given) - accepted)
     if unknown and "kwargs" not in accepted:
-        raise ConfigError(unknown_name(f"option of Flower's {class_.__name__}", unknown[0], accepted - {"self"}))
+        raise ConfigError(
+            unknown_name(f"option of Flower's {class_.__name__}", unknown[0], accepted - {"self"})
+        )
     try:
         return class_(**keywords)
     except (TypeError, ValueError) as error:

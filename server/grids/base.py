@@ -82,7 +82,12 @@ class SimulationGrid(Grid):
         flower_compat.set_identity(run.run_id)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Return ``Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -188,7 +193,7 @@ class ClientRunner:
         try:
             reply = app(message, context)
             outcome = _outcome(reply)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a client's failure is its reply.
             return Error(flower_compat.CLIENT_RAISED, describe(error))
         if context.state or node_id in self.states:
             self.states[node_id] = context.state

@@ -15,7 +15,7 @@ from flowerbed.offline import offline_defaults
 
 offline_defaults()  # Flower reads its telemetry switch when it is imported.
 
-from flwr.app import Error, Message, Metadata, RecordDict  # noqa: E402
+from flwr.app import Error, Message, Metadata, RecordDict
 
 TaskIdentity: Any
 try:

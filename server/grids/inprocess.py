@@ -13,7 +13,6 @@ from flowerbed.server.grids.base import (
     AppFactory,
     ClientRunner,
     SimulationGrid,
-    in_order,
     own_copy,
     torch_threads,
 )

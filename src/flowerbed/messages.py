@@ -48,7 +48,9 @@ class LazyArray(Array):
         held = array.view() if flags.c_contiguous or flags.f_contiguous else array.copy(order="C")
         held.flags.writeable = False
         # Straight into __dict__: Array.__setattr__ does bookkeeping for changes that cannot happen here.
-        self.__dict__.update(dtype=_dtype_name(held.dtype), shape=held.shape, stype="numpy.ndarray", _held=held)
+        self.__dict__.update(
+            dtype=_dtype_name(held.dtype), shape=held.shape, stype="numpy.ndarray", _held=held
+        )
 
     def view(self) -> AnyArray:
         """Return the held array itself, read-only, without copying."""

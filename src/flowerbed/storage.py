@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from flowerbed.errors import CheckpointError
 

@@ -1,0 +1,52 @@
+"""Models of the timm library, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from flowerbed.errors import ConfigError
+from flowerbed.models.base import Builder, Net, Shape
+
+PREFIX = "timm:"
+
+
+def timm_builder(name: str) -> Builder:
+    """Return the builder of ``timm:<model>``; its options are those of ``timm.create_model``.
+
+    Weights are downloaded only with the option ``pretrained=true``. The classifier becomes the head of a
+    ``Net``, the rest its body. Raises ``ConfigError`` if timm is not installed or has no such model.
+    """
+    timm = _timm()
+    model_name = name.removeprefix(PREFIX)
+    if not timm.is_model(model_name):
+        raise ConfigError(f"timm has no model '{model_name}'; list them with the pattern '{PREFIX}*'.")
+
+    def build(input_shape: Shape, num_classes: int, **options: Any) -> Net:
+        model = timm.create_model(
+            model_name, **{"pretrained": False, "in_chans": input_shape[0], "num_classes": num_classes, **options}
+        )
+        head = model.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"'{name}' does not end in one linear layer, so it cannot be split; use another.")
+        model.reset_classifier(0)
+        return Net(model, head, head.in_features)
+
+    return build
+
+
+def timm_names() -> list[str]:
+    """Return the names of timm's models with the prefix; none if timm is not installed."""
+    try:
+        return [PREFIX + name for name in _timm().list_models()]
+    except ConfigError:
+        return []
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError("Models named timm:NAME need timm; install it with: pip install timm") from error
+    return timm
