@@ -110,7 +110,7 @@ class Dirichlet:
                 seed=torch_seed(seed, "datasets.partition.dirichlet", attempt),
             )
             try:
-                return _owners_from_flower(partitioner, classes, num_clients)
+                return _owners_from_flower(partitioner, classes, num_clients, seed)
             except ValueError as error:
                 # Its own limit of draws; a further seed is a further batch of draws.
                 if "max number of attempts" not in str(error):
@@ -191,7 +191,7 @@ class Pathological:
             seed=torch_seed(seed, "datasets.partition.pathological"),
         )
         try:
-            owners = _owners_from_flower(partitioner, classes, num_clients)
+            owners = _owners_from_flower(partitioner, classes, num_clients, seed)
         except ValueError as error:
             raise ConfigError(
                 f"pathological with {num_clients} clients of {self.classes_per_client} classes does not fit: "
@@ -374,15 +374,19 @@ def _flower_partitioners(rule: str) -> Any:
     return partitioner
 
 
-def _owners_from_flower(partitioner: Any, classes: Integers, num_clients: int) -> Integers:
-    """Let a flwr-datasets partitioner divide (label, index) rows; -1 marks a sample that it left out."""
+def _owners_from_flower(partitioner: Any, classes: Integers, num_clients: int, seed: int) -> Integers:
+    """Let a flwr-datasets partitioner divide (label, index) rows; -1 marks a sample that it left out.
+
+    The rows are shuffled first: its partitioners draw how many samples of a class a client gets, but cut
+    the class in stored order.
+    """
     import datasets
 
-    partitioner.dataset = datasets.Dataset.from_dict({"label": classes, "index": np.arange(len(classes))})
+    order = numpy_rng(seed, "datasets.partition.order").permutation(len(classes))
+    partitioner.dataset = datasets.Dataset.from_dict({"label": classes[order], "index": order})
     owners = np.full(len(classes), -1, dtype=np.int64)
     with warnings.catch_warnings():
-        # It warns on every repeated draw and lost class; the callers turn what matters into errors.
-        warnings.filterwarnings("ignore", module="flwr_datasets")
+        # It warns of every repeated draw and lost class; the callers turn what matters into errors.
         warnings.filterwarnings("ignore", message="The specified min_partition_size|Classes: ")
         for client in range(num_clients):
             owners[np.asarray(partitioner.load_partition(client)["index"][:], dtype=np.int64)] = client

@@ -25,11 +25,14 @@ def timm_builder(name: str) -> Builder:
 
     def build(input_shape: Shape, num_classes: int, **options: Any) -> Net:
         model = timm.create_model(
-            model_name, **{"pretrained": False, "in_chans": input_shape[0], "num_classes": num_classes, **options}
+            model_name,
+            **{"pretrained": False, "in_chans": input_shape[0], "num_classes": num_classes, **options},
         )
         head = model.get_classifier()
         if not isinstance(head, nn.Linear):
-            raise ConfigError(f"'{name}' does not end in one linear layer, so it cannot be split; use another.")
+            raise ConfigError(
+                f"'{name}' does not end in one linear layer, so it cannot be split; use another."
+            )
         model.reset_classifier(0)
         return Net(model, head, head.in_features)
 
@@ -47,6 +50,9 @@ def timm_names() -> list[str]:
 def _timm() -> Any:
     try:
         import timm
-    except ImportError as error:
-        raise ConfigError("Models named timm:NAME need timm; install it with: pip install timm") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision was built for another torch
+        raise ConfigError(
+            f"Models named timm:NAME need timm, which cannot be imported ({error}). Install it with: pip install "
+            "timm; it needs a torchvision that fits the installed torch."
+        ) from error
     return timm

@@ -163,4 +163,6 @@ def _basic_stages(
 
 def _check_choice(model: str, option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"Option {option}={value!r} of model '{model}' must be one of {', '.join(choices)}.")
+        raise ConfigError(
+            f"Option {option}={value!r} of model '{model}' must be one of {', '.join(choices)}."
+        )

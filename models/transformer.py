@@ -115,12 +115,13 @@ def gpt_tiny(
     not tied, so that the output layer can be a head of its own.
     """
     (length,) = context_length("gpt_tiny", input_shape)
+    embedding = nn.Embedding(num_classes, width)
+    nn.init.normal_(embedding.weight, std=0.02)
     body = nn.Sequential(
-        nn.Embedding(num_classes, width),
+        embedding,
         Positions(length, width),
         *_blocks("gpt_tiny", width, depth, heads, causal=True),
     )
-    nn.init.normal_(body[0].weight, std=0.02)
     return classifier(body, width, num_classes)
 
 

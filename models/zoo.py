@@ -78,15 +78,17 @@ def _check_options(name: str, builder: Builder, options: Mapping[str, Any]) -> d
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether ``value`` has the type of ``default`` (and of its first item); anything goes for None."""
+    """Whether ``value`` has the type of ``default`` (a list of the same items); anything goes for None."""
     if default is None or default is inspect.Parameter.empty:
         return True
     if isinstance(default, tuple) and isinstance(value, tuple):
-        return all(type(item) is type(default[0]) for item in value)
+        return not default or all(type(item) is type(default[0]) for item in value)
     if isinstance(default, float):
         return type(value) in (int, float)
     return type(value) is type(default)
 
 
 def _type_name(default: Any) -> str:
-    return f"list of {type(default[0]).__name__}" if isinstance(default, tuple) else type(default).__name__
+    if isinstance(default, tuple):
+        return f"list of {type(default[0]).__name__}" if default else "list"
+    return type(default).__name__

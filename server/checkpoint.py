@@ -45,7 +45,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint so that a killed process or a full disk leaves the older ones untouched.
 
-        Raises ``OSError`` (for example no space left) after removing the half-written directory.
+        Raises ``CheckpointError`` (for example no space left) after removing the half-written directory.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         final = self.root / f"round-{checkpoint.round:06d}"
@@ -65,8 +65,13 @@ class Checkpoints:
                 _sync(partial / name)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(
+                    f"The checkpoint of round {checkpoint.round} cannot be written under {self.root}: {error}. "
+                    "Make room there, then resume the run; older checkpoints are untouched."
+                ) from error
             raise
         _sync(self.root)
         for old in self.rounds()[: -self.keep]:

@@ -17,13 +17,14 @@ import flwr.serverapp.strategy as flower
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flowerbed import messages, seeds
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Extras, LocalRound
-from flowerbed.errors import ConfigError, unknown_name
+from flowerbed.errors import ConfigError, RunError, unknown_name
 from flowerbed.registry import import_attribute
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
@@ -160,6 +161,8 @@ class FlowerStrategy(FederatedStrategy):
         try:
             with seeds.global_streams(seed, f"flower {purpose}", server_round):
                 return call(self.inner)
+        except AppExitException as error:
+            raise RunError(f"Flower's {self._class.__name__} could not {purpose}: {error}") from error
         finally:
             LOG.setLevel(level)
 
@@ -196,6 +199,8 @@ def _build(class_: type[Strategy], params: FlowerParams, counts: Mapping[str, in
         "min_train_nodes": counts["train"],
         "min_evaluate_nodes": counts["evaluate"],
         "min_available_nodes": clients,
+        # The name under which our clients report the mean training loss.
+        "train_loss_key": "loss",
     }
     if "strategy" in inspect.signature(class_.__init__).parameters:
         inner = FlowerParams(flower=params.inner or "FedAvg")

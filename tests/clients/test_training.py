@@ -1,0 +1,170 @@
+"""The training loop's parts: order of data, learning rates, hooks, limits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import toys
+from flowerbed.clients.data import BatchOrder, ClientData
+from flowerbed.clients.half import ClientHalf
+from flowerbed.clients.local_round import Clock, LocalRound
+from flowerbed.clients.params import LocalParams
+from flowerbed.clients.training import TimeLimitError, train
+from flowerbed.errors import ClientError, ConfigError
+from flowerbed.models.base import ModelSpec, roles
+from flowerbed.models.parts import ModelParts
+from flowerbed.models.tasks import Classification
+from hypothesis import given
+from hypothesis import strategies as st
+
+CPU = torch.device("cpu")
+
+
+def open_round(local: LocalParams, *, round_: int = 1, examples: int = 20, seed: int = 0) -> LocalRound:
+    """Return a local round of a linear model on random data."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(examples, 6, generator=generator)
+    y = torch.randint(0, 3, (examples,), generator=generator)
+    model = ModelSpec("linear", (6,), 3).build(seed)
+    clock = Clock(round_, 5, local.steps_per_round(examples))
+    return LocalRound(
+        client=0, seed=seed, clock=clock, phase="train", config={}, received={"arrays": dict(model.state_dict())},
+        model=model, parts=ModelParts.resident(model), roles=roles(model), task=Classification(3), local=local,
+        train_data=ClientData(x, y, torch.arange(examples), {}), state={}, device=CPU,
+    )  # fmt: skip
+
+
+@given(st.integers(1, 40), st.integers(0, 12), st.integers(0, 5), st.booleans())
+def test_an_epoch_visits_every_sample_once(examples: int, batch: int, epoch: int, drop_last: bool) -> None:
+    local = LocalParams(batch_size=batch, drop_last=drop_last)
+    per_epoch = local.batches_per_epoch(examples)
+    order = BatchOrder(local, examples, seed=3, client=1)
+    rows = torch.cat([order.rows(epoch * per_epoch + i) for i in range(per_epoch)]).tolist()
+    assert len(set(rows)) == len(rows)
+    if not drop_last or batch == 0 or examples < batch:
+        assert sorted(rows) == list(range(examples))
+    else:
+        assert len(rows) == examples // batch * batch
+
+
+def test_a_budget_of_steps_goes_on_through_the_epochs() -> None:
+    """Steps of successive rounds continue the same stream; nothing starts anew at a round's border."""
+    local = LocalParams(batch_size=4, steps=3)
+    order = BatchOrder(local, 10, seed=0, client=0)
+    straight = [order.rows(step).tolist() for step in range(9)]
+    again = [BatchOrder(local, 10, seed=0, client=0).rows(step).tolist() for step in range(9)]
+    assert straight == again
+    assert sorted(sum(straight[:3], [])) == list(range(10))
+
+
+def test_clients_and_seeds_have_their_own_order() -> None:
+    local = LocalParams(batch_size=0)
+    orders = {
+        tuple(BatchOrder(local, 30, seed, client).rows(0).tolist()) for seed in (0, 1) for client in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_schedules() -> None:
+    cosine = LocalParams(lr=2.0, schedule="cosine")
+    assert cosine.lr_at(0, 10, 4) == 2.0
+    assert cosine.lr_at(20, 10, 4) == pytest.approx(1.0)
+    assert cosine.lr_at(40, 10, 4) == pytest.approx(0.0, abs=1e-15)
+    exponential = LocalParams(lr=1.0, schedule="exponential", lr_decay=0.5)
+    assert [exponential.lr_at(s, 3, 4) for s in (0, 2, 3, 8, 9)] == [1.0, 1.0, 0.5, 0.25, 0.125]
+    assert LocalParams(lr=0.3).lr_at(7, 3, 4) == 0.3
+
+
+def test_correct_edits_the_gradient_that_the_optimizer_sees() -> None:
+    local = open_round(LocalParams(lr=0.5, batch_size=0))
+    before = {n: v.clone() for n, v in local.model.state_dict().items()}
+
+    def ones(gradients: Any, parameters: Any, extras: Mapping[str, float]) -> Any:
+        return {n: torch.full_like(g, extras["value"]) for n, g in gradients.items()}
+
+    train(local, ClientHalf().loss, extras={"value": 2.0}, correct=ones)
+    for name, value in local.model.state_dict().items():
+        torch.testing.assert_close(value, before[name] - 0.5 * 2.0)
+
+
+def test_frozen_parameters_do_not_move_and_others_do() -> None:
+    local = open_round(LocalParams(momentum=0.9, weight_decay=0.1))
+    before = {n: v.clone() for n, v in local.model.state_dict().items()}
+    frozen = frozenset({"head.bias"})
+    train(local, ClientHalf().loss, extras={}, frozen=frozen)
+    assert torch.equal(local.model.state_dict()["head.bias"], before["head.bias"])
+    assert not torch.equal(local.model.state_dict()["head.weight"], before["head.weight"])
+    with pytest.raises(ClientError, match="every parameter is frozen"):
+        train(local, ClientHalf().loss, extras={}, frozen=frozenset(before))
+
+
+def test_clipping_bounds_the_step() -> None:
+    local = open_round(LocalParams(lr=1.0, batch_size=0, clip_norm=1e-3))
+    before = torch.cat([p.detach().flatten().clone() for p in local.model.parameters()])
+    train(local, ClientHalf().loss, extras={})
+    after = torch.cat([p.detach().flatten() for p in local.model.parameters()])
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_metrics_are_means_over_samples() -> None:
+    local = open_round(LocalParams(lr=0.0, batch_size=7), examples=20)
+    trained = train(local, ClientHalf().loss, extras={})
+    model, data = local.model, local.train_data
+    expected = torch.nn.functional.cross_entropy(model(data.x), data.y).detach()
+    assert trained.metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert trained.steps == 3
+    assert trained.examples == 20
+
+
+def test_a_client_out_of_time_says_so() -> None:
+    local = replace(open_round(LocalParams()), deadline=time.monotonic() - 1)
+    with pytest.raises(TimeLimitError, match="time limit"):
+        train(local, ClientHalf().loss, extras={})
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    train(open_round(LocalParams()), ClientHalf().loss, extras={})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_proximal_term_of_flowers_fedprox_by_hand() -> None:
+    """Two steps on the quadratics, mu = 2: the first is FedAvg's, the second is pulled back to w_t."""
+    from flowerbed.strategies.flower import FlowerHalf, FlowerParams, FlowerStrategy
+
+    class Half(FlowerHalf):
+        loss = staticmethod(toys.quadratic_loss)  # type: ignore[assignment]
+
+    strategy = toys.with_half(
+        FlowerStrategy(FlowerParams(flower="FedProx", options={"proximal_mu": 2.0})), Half()
+    )
+    moved = float(
+        toys.quadratic_federation(strategy, 1, LocalParams(lr=0.1, batch_size=0, steps=2)).run().model["w"]
+    )
+    ends = []
+    for a, b in zip(toys.CURVATURES, toys.MINIMA, strict=True):
+        w = 0.3
+        for _ in range(2):
+            w -= 0.1 * (a * (w - b) + 2.0 * (w - 0.3))
+        ends.append(w)
+    assert moved == pytest.approx(sum(ends) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0}, {"steps": -1}, {"batch_size": -1}, {"lr": -0.1}, {"lr": math.nan}, {"momentum": 1.0},
+        {"nesterov": True}, {"weight_decay": -1.0}, {"clip_norm": -1.0}, {"lr_decay": 0.0},
+        {"optimizer": "lbfgs"}, {"schedule": "step"},
+    ],
+)  # fmt: skip
+def test_bad_local_parameters_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"local.{next(iter(bad))}"):
+        LocalParams(**bad)
