@@ -60,7 +60,7 @@ def load(folder: Path) -> Dataset | None:
         }
         fields |= {name: _load_split(folder, name, arrays) for name, arrays in facts["splits"].items()}
         return Dataset(**fields)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
         # Whatever is wrong with the copy, the answer is the same: decode the original files again.

@@ -70,18 +70,22 @@ def read_pickle(data: bytes) -> dict[bytes, Any]:
     return content
 
 
-def read_members(container: Path, folder: str, names: Sequence[str]) -> list[bytes]:
-    """Return the contents of ``folder/name`` in a tar archive, or of ``name`` in an unpacked folder."""
-    if container.is_dir():
-        return [(container / name).read_bytes() for name in names]
+def read_members(files: Sequence[Path], names: Sequence[str]) -> list[bytes]:
+    """Return the contents of ``files``, or, if that is a tar archive, of its members called ``names``.
+
+    Members are read, never extracted, and go by the last part of their path.
+    """
+    if len(files) == len(names):
+        return [path.read_bytes() for path in files]
     contents = {}
-    with tarfile.open(container) as archive:
+    with tarfile.open(files[0]) as archive:
         for member in archive:
-            if member.isfile() and member.name.removeprefix("./") in {f"{folder}/{name}" for name in names}:
-                reader = archive.extractfile(member)
-                contents[member.name.rsplit("/", 1)[-1]] = b"" if reader is None else reader.read()
+            name = member.name.rsplit("/", 1)[-1]
+            reader = archive.extractfile(member) if name in names else None
+            if reader is not None:
+                contents[name] = reader.read()
     if missing := [name for name in names if name not in contents]:
-        raise DataError(f"{container} lacks {folder}/{missing[0]}; replace it by the official archive.")
+        raise DataError(f"{files[0]} lacks {missing[0]}; replace it by the official archive.")
     return [contents[name] for name in names]
 
 

@@ -28,6 +28,8 @@ from flowerbed.errors import ConfigError
 
 _SPLITS = ("train", "test")
 _DIGITS = tuple("0123456789")
+_CIFAR10_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+_CIFAR100_FILES = ("train", "test", "meta")
 _CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -135,7 +137,7 @@ class Usps:
     def locate(self, search: Search) -> Found:
         """Return packed sheets, ``usps.bz2`` and ``usps.t.bz2`` (or unpacked), or a download."""
         for folder in search.folders("usps", "USPS", "."):
-            if sheets := find_sheets(folder, _SPLITS):
+            if sheets := _own_sheets(search, folder):
                 return Found("sheets", sheets)
             if files := _all_files(folder, ("usps", "usps.t"), ".bz2"):
                 return Found("libsvm", files)
@@ -156,15 +158,17 @@ class Cifar10:
 
     def locate(self, search: Search) -> Found:
         """Return packed sheets, the folder or archive of python batches, or a download."""
-        return _locate_cifar(search, "cifar-10-batches-py", _CIFAR10_REMOTE, ("batches.meta", "test_batch"))
+        return _locate_cifar(
+            search, "cifar-10-batches-py", _CIFAR10_REMOTE, [*_CIFAR10_BATCHES, "test_batch"]
+        )
 
     def read(self, found: Found) -> Dataset:
         """Decode the files."""
         if found.form == "sheets":
             train, test = _read_split_sheets(found.files)
         else:
-            names = [f"data_batch_{number}" for number in range(1, 6)]
-            train, test = _read_cifar(found.files[0], "cifar-10-batches-py", names, "test_batch", b"labels")
+            members = read_members(found.files, [*_CIFAR10_BATCHES, "test_batch"])
+            train, test = _read_cifar(members[:-1], members[-1], b"labels")
         return Dataset(
             "cifar10", train, test, _CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         )
@@ -185,7 +189,7 @@ class Cifar100:
 
     def locate(self, search: Search) -> Found:
         """Return packed sheets, the folder or archive of python batches, or a download."""
-        return _locate_cifar(search, "cifar-100-python", _CIFAR100_REMOTE, ("meta", "train", "test"))
+        return _locate_cifar(search, "cifar-100-python", _CIFAR100_REMOTE, _CIFAR100_FILES)
 
     def read(self, found: Found) -> Dataset:
         """Decode the files."""
@@ -198,11 +202,9 @@ class Cifar100:
                 train, test = (Split(split.inputs, groups[split.labels]) for split in (train, test))
                 names = meta["superclasses"].tolist()
         else:
-            key = f"{self.labels}_labels".encode()
-            train, test = _read_cifar(found.files[0], "cifar-100-python", ["train"], "test", key)
-            (meta_file,) = read_members(found.files[0], "cifar-100-python", ["meta"])
-            raw = read_pickle(meta_file)[f"{self.labels}_label_names".encode()]
-            names = [name.decode() for name in raw]
+            train_file, test_file, meta_file = read_members(found.files, _CIFAR100_FILES)
+            train, test = _read_cifar([train_file], test_file, f"{self.labels}_labels".encode())
+            names = [name.decode() for name in read_pickle(meta_file)[f"{self.labels}_label_names".encode()]]
         return Dataset(
             "cifar100", train, test, tuple(names), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
         )
@@ -271,25 +273,28 @@ def _read_usps(path: Path) -> Split:
     return _split(images.reshape(-1, 1, 16, 16), labels - 1)
 
 
+def _own_sheets(search: Search, folder: Path) -> tuple[Path, ...] | None:
+    # Sheets do not say which set they are: those right in the data folder may be another one's.
+    return None if folder == search.data_dir else find_sheets(folder, _SPLITS)
+
+
 def _locate_cifar(search: Search, batches: str, remote: Remote, needed: Sequence[str]) -> Found:
     for folder in search.folders(search.name, "."):
-        if sheets := find_sheets(folder, _SPLITS):
+        if sheets := _own_sheets(search, folder):
             return Found("sheets", sheets)
         for unpacked in (folder / batches, folder):
             if all((unpacked / name).is_file() for name in needed):
-                return Found("batches", (unpacked,))
+                return Found("batches", tuple(unpacked / name for name in needed))
         if (archive := folder / remote.file_name).is_file():
-            return Found("batches", (archive,))
-    return Found("batches", search.fetch([remote], f"{remote.file_name} (or its content) into FOLDER"))
+            return Found("archive", (archive,))
+    return Found("archive", search.fetch([remote], f"{remote.file_name} (or its content) into FOLDER"))
 
 
-def _read_cifar(
-    container: Path, folder: str, train_names: Sequence[str], test_name: str, key: bytes
-) -> list[Split]:
-    batches = [read_pickle(data) for data in read_members(container, folder, [*train_names, test_name])]
+def _read_cifar(train_files: Sequence[bytes], test_file: bytes, key: bytes) -> list[Split]:
     splits = []
-    for group in (batches[:-1], batches[-1:]):
-        images = np.concatenate([batch[b"data"] for batch in group]).reshape(-1, 3, 32, 32)
-        labels = np.concatenate([np.asarray(batch[key], dtype=np.int64) for batch in group])
+    for files in (train_files, [test_file]):
+        batches = [read_pickle(data) for data in files]
+        images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        labels = np.concatenate([np.asarray(batch[key], dtype=np.int64) for batch in batches])
         splits.append(_split(images, labels))
     return splits

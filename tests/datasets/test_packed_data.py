@@ -18,6 +18,17 @@ from flowerbed.datasets.sources import load_dataset
 DATA = os.environ.get("FLOWERBED_DATA")
 
 
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests of this file: a set is decoded once."""
+    return tmp_path_factory.mktemp("decoded")
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(decoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWERBED_CACHE", str(decoded))
+
+
 def packed(name: str) -> Path:
     if DATA is None or not (Path(DATA) / name).is_dir():
         pytest.skip(f"FLOWERBED_DATA has no packed folder '{name}'")
