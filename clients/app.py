@@ -17,14 +17,16 @@ from torch import Tensor
 from flowerbed import messages
 from flowerbed.clients.data import ClientData
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Reply
+from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, ClientStore
+from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.partitions import Partition
 from flowerbed.errors import ClientError
 from flowerbed.models import evaluation
-from flowerbed.models.base import ModelSpec, roles
+from flowerbed.models.base import ModelSpec
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import task_for
 
@@ -46,6 +48,8 @@ class ClientSpec:
     local: LocalParams
     store: ClientStore
     device: str = "auto"
+    transforms: tuple[ClientTransform, ...] = ()
+    """Applied in order to every client's training data and to every training reply."""
 
     def __call__(self) -> ClientApp:
         """Build the ClientApp: grids take the spec itself as their factory."""
@@ -74,12 +78,12 @@ class Worker:
         return ModelParts.resident(self.model)
 
     @cached_property
-    def roles(self) -> dict[str, Any]:
-        return dict(roles(self.model))
+    def info(self) -> ModelInfo:
+        return ModelInfo.of(self.model)
 
     @cached_property
     def private(self) -> frozenset[str]:
-        return self.spec.half.private(self.roles)
+        return self.spec.half.private(self.info)
 
     @cached_property
     def resident(self) -> dict[str, Tensor]:
@@ -95,6 +99,8 @@ class Worker:
     def train(self, message: Message, context: Context) -> Message:
         local = self._open(message, context, train=True)
         reply = self.spec.half.run(local)
+        for transform in self.spec.transforms:
+            reply = transform.reply(local, reply)
         return self._close(message, local, reply)
 
     def query(self, message: Message, context: Context) -> Message:
@@ -103,9 +109,14 @@ class Worker:
 
     def evaluate(self, message: Message, context: Context) -> Message:
         local = self._open(message, context, train=False)
-        data = self._data(local.client, test=True)
-        sums = evaluation.counts(local.model, self.task, data.x, data.y)
-        metrics = evaluation.metrics(sums, len(data), self.spec.dataset.num_classes)
+        data = local.test_data
+        metrics: dict[str, Metric] = {}
+        for prefix, predictor in self.spec.half.predictors(local).items():
+            # Preparing a predictor may have trained the model, and so left it in training mode.
+            self.model.eval()
+            sums = evaluation.counts(predictor, self.task, data.x, data.y)
+            found = evaluation.metrics(sums, len(data), self.spec.dataset.num_classes)
+            metrics.update({f"{prefix}-{name}" if prefix else name: value for name, value in found.items()})
         return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
     def _open(self, message: Message, context: Context, *, train: bool) -> LocalRound:
@@ -119,21 +130,22 @@ class Worker:
         before = round_ if train else round_ + 1
         state = self.spec.store.read(client, before) if stateful else {}
         self._load(received.get(MODEL, {}), state)
-        data = self._data(client) if train else ClientData.empty()
+        steps = self.spec.local.steps_per_round(int(self.spec.train.sizes[client]))
         limit = _number(config, "time-limit", 0.0)
         return LocalRound(
             client=client,
             seed=self.spec.seed,
-            clock=Clock(round_, self.spec.rounds, self.spec.local.steps_per_round(len(data)) if train else 0),
+            clock=Clock(round_, self.spec.rounds, steps),
             phase=str(config.get("phase", "train")),
             config=config,
             received=received,
             model=self.model,
             parts=self.parts,
-            roles=self.roles,
+            info=self.info,
             task=self.task,
             local=self.spec.local,
-            train_data=data,
+            open_train=lambda: self._data(client),
+            open_test=lambda: self._data(client, test=True),
             state=state,
             device=self.device,
             deadline=time.monotonic() + limit if limit else None,
@@ -171,7 +183,11 @@ class Worker:
         partition = self.spec.test if test else self.spec.train
         split = dataset.test if test else dataset.train
         indices = partition.indices(client) if partition is not None else np.empty(0, dtype=np.int64)
-        return ClientData.view(dataset, split, indices, self.device)
+        data = ClientData.view(dataset, split, indices, self.device)
+        if not test:
+            for transform in self.spec.transforms:
+                data = transform.data(client, data)
+        return data
 
 
 def choose_device(name: str) -> torch.device:

@@ -40,12 +40,6 @@ class ClientData:
             extras={name: values[index].to(device) for name, values in split.extras.items()},
         )
 
-    @classmethod
-    def empty(cls) -> ClientData:
-        """Return a view of nothing, for messages that do not touch the training data."""
-        nothing = torch.empty(0)
-        return cls(nothing, nothing, nothing, {})
-
     def __len__(self) -> int:
         return len(self.y)
 

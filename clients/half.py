@@ -1,25 +1,28 @@
 """The client half of an algorithm: the small class that an algorithm file derives from.
 
 Most algorithms need only the *gradient level*: override ``loss`` (and perhaps ``begin``, ``correct``,
-``end``). These are pure functions of their arguments, which is what allows many clients to be computed as
-one batch. What is not a sequence of gradient steps overrides ``run`` (the *round level*) and may call
-``train`` of ``flowerbed.clients.training`` as often as it likes.
+``end``). ``loss`` and ``correct`` are pure functions of their arguments, which is what allows many clients
+to be computed as one batch. What is not one sequence of gradient steps overrides ``run`` (the *round
+level*) and may call ``flowerbed.clients.training.train`` as often as it likes, with other losses, steps or
+frozen parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from flowerbed.clients.data import Batch
-from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Trained, shared_model
-from flowerbed.clients.training import train
-from flowerbed.models.base import Role
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained, shared_model
+from flowerbed.clients.training import Compute, Hooks, StepGradients, backpropagate, train
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
+
+Predictor = Callable[[Tensor], Tensor]
 
 
 class ClientHalf:
@@ -32,16 +35,20 @@ class ClientHalf:
         """``params`` is the algorithm's frozen parameter dataclass."""
         self.params = params
 
-    def private(self, roles: Mapping[str, Role]) -> frozenset[str]:
+    # Roles of parameters.
+
+    def private(self, info: ModelInfo) -> frozenset[str]:
         """Return the parameters and buffers that never leave the client; they live in its state."""
         return frozenset()
 
-    def frozen(self, roles: Mapping[str, Role]) -> frozenset[str]:
+    def frozen(self, info: ModelInfo) -> frozenset[str]:
         """Return the parameters that local training does not move."""
         return frozenset()
 
+    # The gradient level.
+
     def begin(self, local: LocalRound) -> Extras:
-        """Prepare the round; what is returned reaches every ``loss`` and ``correct`` call."""
+        """Prepare the round; what is returned reaches every hook."""
         return {}
 
     def loss(
@@ -50,26 +57,51 @@ class ClientHalf:
         """Return the scalar loss of a batch and further scalars to report. Pure."""
         return task.loss(model(batch["x"]), batch["y"]).mean(), {}
 
+    def estimate(self, compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:
+        """Return loss, metrics and gradients of a step; ``compute()`` evaluates the loss where it stands.
+
+        The default differentiates once. An override may move the parameters in place and evaluate again
+        (sharpness-aware steps, finite differences), but puts them back.
+        """
+        return backpropagate(compute, parameters)
+
     def correct(self, gradients: Tensors, parameters: Mapping[str, Tensor], extras: Extras) -> Tensors:
         """Return the gradients that the optimizer sees, given those of the loss, by parameter name. Pure."""
         return gradients
 
-    def end(self, local: LocalRound, trained: Trained) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return the streams to send and update ``local.state``. The model's stream is complete by itself."""
-        return {MODEL: shared_model(local, self.private(local.roles))}
+    def after_step(self, step: Step) -> None:
+        """Act after an optimizer step: proximal maps, projections, second models kept in ``step.extras``."""
+
+    def end(self, local: LocalRound, trained: Trained, extras: Extras) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the streams to send and update ``local.state``. By default the model, but what is private."""
+        return {MODEL: shared_model(local, self.private(local.info))}
+
+    # The round level.
 
     def run(self, local: LocalRound) -> Reply:
         """Do one local round. Override for what is not one sequence of gradient steps."""
-        trained = train(
-            local,
-            self.loss,
-            extras=self.begin(local),
-            correct=self.correct if type(self).correct is not ClientHalf.correct else None,
-            frozen=self.frozen(local.roles),
-        )
-        streams = self.end(local, trained)
+        extras = self.begin(local)
+        trained = train(local, self.loss, extras=extras, hooks=self.hooks(), frozen=self.frozen(local.info))
+        streams = self.end(local, trained, extras)
         return Reply(streams, {"num-examples": trained.examples, "steps": trained.steps, **trained.metrics})
+
+    def hooks(self) -> Hooks:
+        """Return the hooks that this class overrides, so that the others cost nothing in a step."""
+        kind = type(self)
+        return Hooks(
+            estimate=self.estimate if kind.estimate is not ClientHalf.estimate else None,
+            correct=self.correct if kind.correct is not ClientHalf.correct else None,
+            after_step=self.after_step if kind.after_step is not ClientHalf.after_step else None,
+        )
 
     def query(self, local: LocalRound) -> Reply:
         """Answer a message of type ``query`` (a statistics phase). Halves without such a phase refuse."""
         raise TypeError(f"{type(self).__name__} answers no query; phase '{local.phase}' asked one.")
+
+    def predictors(self, local: LocalRound) -> Mapping[str, Predictor]:
+        """Return what is evaluated on the client's test data, by name: inputs to outputs.
+
+        ``""`` is the model as received (with the private parameters, if any); others, such as
+        ``"personal"``, are reported beside it under names with that prefix.
+        """
+        return {"": local.model}

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowerbed import seeds
-from flowerbed.clients.data import ClientData
+from flowerbed.clients.data import Batch, ClientData
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
-from flowerbed.models.base import Role
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 
 Extras = Mapping[str, Any]
-"""What ``begin`` hands to ``loss`` and ``correct``: named tensors, or mappings of names to tensors."""
+"""What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
 Metric = int | float | list[int] | list[float]
 
 MODEL = "arrays"
@@ -33,12 +34,17 @@ class Clock:
     round: int
     rounds: int
     steps: int
-    """Optimizer steps of this round."""
+    """Optimizer steps of one round."""
 
     @property
     def first_step(self) -> int:
         """The clock of this round's first step, counted from the start of the run."""
         return (self.round - 1) * self.steps
+
+    @property
+    def all_steps(self) -> range:
+        """The clock of every step of this round."""
+        return range(self.first_step, self.first_step + self.steps)
 
 
 @dataclass
@@ -56,23 +62,58 @@ class LocalRound:
     model: nn.Module
     """The resident model, already holding the received and the private parameters."""
     parts: ModelParts
-    roles: Mapping[str, Role]
-    """Role of every parameter and buffer."""
+    info: ModelInfo
     task: Task
     local: LocalParams
-    train_data: ClientData
+    open_train: Callable[[], ClientData]
+    open_test: Callable[[], ClientData]
     state: ClientState
     device: torch.device
     deadline: float | None = None
     """``time.monotonic()`` after which training stops with an error."""
+
+    @cached_property
+    def train_data(self) -> ClientData:
+        """The client's training samples; loaded when first asked for."""
+        return self.open_train()
+
+    @cached_property
+    def test_data(self) -> ClientData:
+        """The client's own test samples; loaded when first asked for."""
+        return self.open_test()
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return this client's own random stream for ``purpose`` in this round."""
         return seeds.torch_rng(self.seed, purpose, self.client, self.clock.round, device=self.device.type)
 
     def received_model(self) -> Tensors:
-        """Return the model as it was received, on this round's device."""
-        return {name: value.to(self.device) for name, value in self.received[MODEL].items()}
+        """Return a copy of the model as it was received, on this round's device."""
+        return {n: v.to(self.device, copy=True) for n, v in self.received[MODEL].items()}
+
+    def parameters(self) -> Tensors:
+        """Return a copy of the model's current trainable parameters."""
+        return {name: value.detach().clone() for name, value in self.parts.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put values into the resident model, by name; names that are left out stay as they are."""
+        state = self.model.state_dict(keep_vars=True)
+        for name, value in tensors.items():
+            state[name].copy_(value)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step that has just been made; what ``after_step`` hooks see."""
+
+    index: int
+    """Clock of the step, counted from the start of the run."""
+    lr: float
+    batch: Batch
+    parts: ModelParts
+    """The model after the step; change its parameters only in place and under ``torch.no_grad``."""
+    extras: Extras
+    task: Task
 
 
 @dataclass(frozen=True)

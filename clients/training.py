@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowerbed import seeds
 from flowerbed.clients.data import Batch, BatchOrder
-from flowerbed.clients.local_round import Extras, LocalRound, Trained
+from flowerbed.clients.local_round import Extras, LocalRound, Step, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
 from flowerbed.datasets.augment import AUGMENTATIONS
@@ -21,9 +22,17 @@ from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 
 Loss = Callable[[ModelParts, Batch, Extras, Task], tuple[Tensor, Mapping[str, Tensor]]]
+Compute = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
+"""Evaluates the loss of the current batch at the current parameters: (loss, further scalars)."""
+Gradients = Mapping[str, Tensor | None]
+StepGradients = tuple[Tensor, Mapping[str, Tensor], Gradients]
+"""Loss, further scalars, and the gradient of each parameter (None where the loss does not depend on it)."""
+Estimate = Callable[[Compute, Mapping[str, Tensor]], StepGradients]
 Correct = Callable[[Tensors, Mapping[str, Tensor], Extras], Tensors]
+AfterStep = Callable[[Step], None]
+Batches = Callable[[int], Batch]
 
-OPTIMIZER_GROUP = "optimizer."
+OPTIMIZER_GROUP = "optimizer"
 GENERATOR_GROUP = "generator"
 
 
@@ -31,74 +40,118 @@ class TimeLimitError(ClientError):
     """The client ran out of the time that the server gave it."""
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """The optional functions of a step, in the order in which they act; None costs nothing."""
+
+    estimate: Estimate | None = None
+    """Makes the gradients, in place of one backward pass."""
+    correct: Correct | None = None
+    """Edits the gradients, before clipping and the optimizer."""
+    after_step: AfterStep | None = None
+    """Acts on the model after the optimizer step."""
+
+
 def train(
     local: LocalRound,
     loss: Loss,
     *,
     extras: Extras,
-    correct: Correct | None = None,
+    hooks: Hooks | None = None,
     frozen: frozenset[str] = frozenset(),
+    params: LocalParams | None = None,
+    steps: range | None = None,
+    batches: Batches | None = None,
+    scope: str = "",
 ) -> Trained:
-    """Run this round's optimizer steps on the resident model, in place.
+    """Run optimizer steps on the resident model, in place.
 
-    ``loss(parts, batch, extras, task)`` is differentiated in each step, ``correct`` (if given) edits the
-    gradients before clipping and the optimizer, parameters named in ``frozen`` do not move. With
-    ``local.local.persist`` the optimizer state and the modules' random stream come from and return to
-    ``local.state``.
+    ``loss(parts, batch, extras, task)`` is differentiated in each step; parameters named in ``frozen`` do not
+    move. By default the steps are those of this round on the client's own batches: ``params`` replaces the
+    local parameters, ``steps`` the clocks, ``batches`` (clock to batch) the data. With ``params.persist`` the
+    optimizer state and the modules' random stream come from and return to ``local.state``; ``scope`` keeps
+    several trainings of one round apart there.
     """
-    params, clock = local.local, local.clock
-    examples = len(local.train_data)
+    params, hooks = params or local.local, hooks or Hooks()
+    steps = local.clock.all_steps if steps is None else steps
     moving = {name: p for name, p in local.model.named_parameters() if name not in frozen}
     for name, parameter in local.model.named_parameters():
         parameter.requires_grad_(name in moving)
     optimizer = make_optimizer(params, moving)
     if params.persist:
-        restore_optimizer(optimizer, moving, local.state)
-    order = BatchOrder(params, examples, local.seed, local.client)
-    augment = AUGMENTATIONS.get(params.augment)
+        restore_optimizer(optimizer, moving, local.state, scope)
+    batches = batches or own_batches(local, params)
     totals: dict[str, Tensor] = {}
     visits = 0
     lr = params.lr
     local.model.train()
-    with module_stream(local):
-        for step in range(clock.first_step, clock.first_step + clock.steps):
+    with module_stream(local, params.persist, scope):
+        for index in steps:
             if local.deadline is not None and time.monotonic() > local.deadline:
-                raise TimeLimitError(f"time limit exceeded after {step - clock.first_step} steps")
-            batch = local.train_data.batch(order.rows(step).to(local.device))
-            if params.augment != "none":
-                stream = seeds.torch_rng(local.seed, "augment", local.client, step, device=local.device.type)
-                batch["x"] = augment(batch["x"], stream)
-            lr = params.lr_at(step, clock.steps, clock.rounds)
+                raise TimeLimitError(f"time limit exceeded after {index - steps.start} steps")
+            batch = batches(index)
+            lr = params.lr_at(index, local.clock.steps, local.clock.rounds)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            value, metrics = loss(local.parts, batch, extras, local.task)
-            value.backward()  # type: ignore[no-untyped-call]
-            if correct is not None:
-                _correct_gradients(moving, correct, extras)
+            value, metrics = _set_gradients(local, loss, batch, extras, hooks, moving)
             if params.clip_norm:
                 torch.nn.utils.clip_grad_norm_(moving.values(), params.clip_norm)
             optimizer.step()
+            if hooks.after_step is not None:
+                hooks.after_step(Step(index, lr, batch, local.parts, extras, local.task))
             size = len(batch["y"])
             visits += size
             for name, scalar in {"loss": value, **metrics}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=local.device)) + scalar.detach() * size
     if params.persist:
-        local.state.update(optimizer_state(optimizer, moving))
+        local.state.update(optimizer_state(optimizer, moving, scope))
     return Trained(
-        steps=clock.steps,
-        examples=examples,
+        steps=len(steps),
+        examples=len(local.train_data),
         lr=lr,
         metrics={name: float(total) / visits for name, total in totals.items()},
     )
 
 
-def _correct_gradients(moving: Mapping[str, Tensor], correct: Correct, extras: Extras) -> None:
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in moving.items()}
-    with torch.no_grad():
-        corrected = correct(gradients, moving, extras)
+def own_batches(local: LocalRound, params: LocalParams) -> Batches:
+    """Return the client's own batches: the documented order of its data, augmented as ``params`` say."""
+    order = BatchOrder(params, len(local.train_data), local.seed, local.client)
+    augment = AUGMENTATIONS.get(params.augment) if params.augment != "none" else None
+
+    def batch(step: int) -> Batch:
+        found = local.train_data.batch(order.rows(step).to(local.device))
+        if augment is not None:
+            stream = seeds.torch_rng(local.seed, "augment", local.client, step, device=local.device.type)
+            found["x"] = augment(found["x"], stream)
+        return found
+
+    return batch
+
+
+def backpropagate(compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:
+    """Return loss, metrics and gradients by one backward pass."""
+    value, metrics = compute()
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return value, metrics, dict(zip(parameters, gradients, strict=True))
+
+
+def _set_gradients(
+    local: LocalRound, loss: Loss, batch: Batch, extras: Extras, hooks: Hooks, moving: Mapping[str, Tensor]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Leave in ``.grad`` what the optimizer shall use; return the loss and the further scalars."""
+
+    def compute() -> tuple[Tensor, Mapping[str, Tensor]]:
+        return loss(local.parts, batch, extras, local.task)
+
+    value, metrics, gradients = (hooks.estimate or backpropagate)(compute, moving)
+    if hooks.correct is not None:
+        # A parameter that the loss does not touch has gradient zero, which a correction may move.
+        full = {n: torch.zeros_like(p) if (g := gradients[n]) is None else g for n, p in moving.items()}
+        with torch.no_grad():
+            gradients = hooks.correct(full, moving, extras)
     for name, parameter in moving.items():
-        parameter.grad = corrected[name]
+        parameter.grad = gradients[name]
+    return value, metrics
 
 
 def make_optimizer(params: LocalParams, moving: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -119,23 +172,26 @@ def make_optimizer(params: LocalParams, moving: Mapping[str, Tensor]) -> torch.o
     return kind(parameters, lr=params.lr, betas=betas, weight_decay=params.weight_decay)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor]) -> ClientState:
-    """Return the optimizer's tensors as groups ``optimizer.<field>`` of parameter names."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor], scope: str = ""
+) -> ClientState:
+    """Return the optimizer's tensors as one group a field, each by parameter name."""
     groups: ClientState = {}
     for name, parameter in moving.items():
         for key, value in optimizer.state[parameter].items():
             if value is not None:
-                groups.setdefault(OPTIMIZER_GROUP + key, {})[name] = torch.as_tensor(value)
+                groups.setdefault(f"{OPTIMIZER_GROUP}{scope}.{key}", {})[name] = torch.as_tensor(value)
     return groups
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor], state: ClientState
+    optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor], state: ClientState, scope: str = ""
 ) -> None:
     """Put back what ``optimizer_state`` returned; does nothing where the client has no such state yet."""
+    prefix = f"{OPTIMIZER_GROUP}{scope}."
     for group, tensors in state.items():
-        if group.startswith(OPTIMIZER_GROUP):
-            key = group.removeprefix(OPTIMIZER_GROUP)
+        if group.startswith(prefix):
+            key = group.removeprefix(prefix)
             for name, value in tensors.items():
                 if name in moving:
                     # Adam's step counter lives on the CPU whatever the device of the parameter.
@@ -144,17 +200,17 @@ def restore_optimizer(
 
 
 @contextlib.contextmanager
-def module_stream(local: LocalRound) -> Iterator[None]:
+def module_stream(local: LocalRound, persist: bool, scope: str = "") -> Iterator[None]:
     """Let modules such as dropout draw from this client's stream: torch's default generator is seeded.
 
     Without ``persist`` the stream starts anew each round; with it, it goes on where the client's last round
     ended. Afterwards torch's generators are as they were.
     """
-    persist = local.local.persist
+    group = GENERATOR_GROUP + scope
     key = (local.client,) if persist else (local.client, local.clock.round)
-    with seeds.torch_stream(local.seed, "modules", *key, device=local.device):
-        if persist and GENERATOR_GROUP in local.state:
-            seeds.set_torch_states(local.state[GENERATOR_GROUP], local.device)
+    with seeds.torch_stream(local.seed, f"modules{scope}", *key, device=local.device):
+        if persist and group in local.state:
+            seeds.set_torch_states(local.state[group], local.device)
         yield
         if persist:
-            local.state[GENERATOR_GROUP] = seeds.torch_states(local.device)
+            local.state[group] = seeds.torch_states(local.device)

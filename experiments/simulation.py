@@ -32,7 +32,8 @@ from flowerbed.datasets.subsets import long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
-from flowerbed.models.base import ModelSpec, parameter_names, roles
+from flowerbed.models.base import ModelSpec
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.tasks import task_for
 from flowerbed.server.callbacks import SERVER, Callback, MetricsLog
 from flowerbed.server.checkpoint import Checkpoints
@@ -145,8 +146,7 @@ def build_parts(simulation: Simulation) -> Parts:
             seed=simulation.seed,
             clients=federation.clients,
             rounds=federation.rounds,
-            roles=roles(module),
-            parameters=frozenset(parameter_names(module)),
+            info=ModelInfo.of(module),
             sampler=UniformSampler(
                 simulation.seed, federation.cohort, federation.oversample, simulation.evaluation.clients
             ),
@@ -226,9 +226,13 @@ def server_evaluator(spec: ClientSpec) -> ServerEvaluator:
     task = task_for(spec.dataset.task, spec.dataset.num_classes)
     test = spec.dataset.test
 
+    def prepare(inputs: Tensor) -> Tensor:
+        return spec.dataset.prepare(inputs.to(device))
+
     def evaluate(model: Tensors) -> Mapping[str, Any]:
         module.load_state_dict(model)
-        sums = evaluation.counts(module, task, test.inputs, test.labels, spec.dataset.prepare)
+        module.eval()
+        sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
         return evaluation.metrics(sums, len(test), spec.dataset.num_classes)
 
     return evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowerbed.models.tasks import Task
 
@@ -18,23 +18,22 @@ def _as_is(inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def counts(
-    model: nn.Module,
+    predictor: Callable[[Tensor], Tensor],
     task: Task,
     inputs: Tensor,
     labels: Tensor,
     prepare: Callable[[Tensor], Tensor] = _as_is,
 ) -> dict[str, Tensor]:
-    """Return the task's additive counts of ``model``, in evaluation mode, over all samples.
+    """Return the task's additive counts of ``predictor`` (inputs to outputs) over all samples.
 
-    ``inputs`` (N, ...) are prepared batch by batch with ``prepare`` and moved to the model's device.
+    ``inputs`` (N, ...) are prepared batch by batch with ``prepare``. A module must be in evaluation
+    mode already.
     """
-    model.eval()
-    device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     for start in range(0, len(labels), BATCH):
         rows = slice(start, start + BATCH)
-        outputs = model(prepare(inputs[rows]).to(device))
-        for name, value in task.counts(outputs, labels[rows].to(device)).items():
+        outputs = predictor(prepare(inputs[rows]))
+        for name, value in task.counts(outputs, labels[rows].to(outputs.device)).items():
             sums[name] = sums[name] + value if name in sums else value
     return sums
 

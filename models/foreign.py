@@ -8,6 +8,7 @@ from torch import nn
 
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import Builder, Net, Shape
+from flowerbed.models.layers import image_shape
 
 PREFIX = "timm:"
 
@@ -24,10 +25,14 @@ def timm_builder(name: str) -> Builder:
         raise ConfigError(f"timm has no model '{model_name}'; list them with the pattern '{PREFIX}*'.")
 
     def build(input_shape: Shape, num_classes: int, **options: Any) -> Net:
-        model = timm.create_model(
-            model_name,
-            **{"pretrained": False, "in_chans": input_shape[0], "num_classes": num_classes, **options},
-        )
+        channels, *_ = image_shape(name, input_shape)
+        asked = {"pretrained": False, "in_chans": channels, "num_classes": num_classes, **options}
+        try:
+            model = timm.create_model(model_name, **asked)
+        except TypeError as error:
+            raise ConfigError(
+                f"timm cannot build '{model_name}' with the options {options}: {error}"
+            ) from error
         head = model.get_classifier()
         if not isinstance(head, nn.Linear):
             raise ConfigError(

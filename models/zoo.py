@@ -62,10 +62,10 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def _check_options(name: str, builder: Builder, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, lists as tuples; refuse unknown ones and values unlike the default's type."""
-    accepted = inspect.signature(builder).parameters.values()
+    accepted = list(inspect.signature(builder).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
         return dict(options)
-    defaults = {p.name: p.default for p in accepted if p.kind is p.KEYWORD_ONLY}
+    defaults = {p.name: p.default for p in accepted[2:]}
     checked = {}
     for option, value in options.items():
         if option not in defaults:

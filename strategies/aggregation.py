@@ -47,7 +47,7 @@ def mean_metrics(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     total = sum(weights) or 1.0
     result: dict[str, Metric] = {}
     for name, first in replies[0].items():
-        if name in COUNTS:
+        if name.endswith(COUNTS):
             result[name] = _added([r[name] for r in replies])
         elif not isinstance(first, list):
             weighted = [w * scalar(r[name]) for w, r in zip(weights, replies, strict=True)]
@@ -59,15 +59,18 @@ def summed_evaluation(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     """Return the evaluation of all clients together, and how it spreads over clients.
 
     ``accuracy`` and ``loss`` are over samples; ``accuracy-mean`` is the mean over the clients that have test
-    samples, ``accuracy-worst`` the lowest of them.
+    samples, ``accuracy-worst`` the lowest of them. The same for every predictor, under its prefix.
     """
     result: dict[str, Metric] = dict(mean_metrics(replies))
-    correct, total = _entries(result["correct-per-class"]), _entries(result["total-per-class"])
-    result["accuracy"] = sum(correct) / sum(total) if sum(total) else 0.0
-    per_client = [scalar(r["accuracy"]) for r in replies if r["num-examples"]]
-    if per_client:
-        result["accuracy-mean"] = sum(per_client) / len(per_client)
-        result["accuracy-worst"] = min(per_client)
+    for name in [n for n in result if n.endswith("correct-per-class")]:
+        prefix = name.removesuffix("correct-per-class")
+        correct, total = _entries(result[name]), _entries(result[f"{prefix}total-per-class"])
+        accuracy = f"{prefix}accuracy"
+        result[accuracy] = sum(correct) / sum(total) if sum(total) else 0.0
+        per_client = [scalar(r[accuracy]) for r in replies if r["num-examples"]]
+        if per_client:
+            result[f"{accuracy}-mean"] = sum(per_client) / len(per_client)
+            result[f"{accuracy}-worst"] = min(per_client)
     return MetricRecord(result)
 
 

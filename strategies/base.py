@@ -19,13 +19,14 @@ from flwr.serverapp.strategy import Strategy
 from flowerbed import messages
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import MODEL, Metric
-from flowerbed.models.base import Role
+from flowerbed.models.info import ModelInfo
 from flowerbed.registry import Registry
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies import aggregation
 
 CONFIG = "config"
 EXAMPLES = "num-examples"
+TRANSFORM = "transform "
 
 
 class Sampler(Protocol):
@@ -66,10 +67,8 @@ class Setting:
     clients: int
     """Registered clients (N)."""
     rounds: int
-    roles: Mapping[str, Role]
-    """Role of every parameter and buffer of the model."""
-    parameters: frozenset[str]
-    """Names of the trainable parameters; every other name is a buffer."""
+    info: ModelInfo
+    """Roles, shapes and kinds of the model's parameters and buffers."""
     sampler: Sampler
 
 
@@ -93,6 +92,33 @@ class ClientReply:
         return aggregation.scalar(self.metrics[EXAMPLES])
 
 
+class ServerTransform:
+    """Base of what may stand between the replies and any algorithm's ``aggregate``: clipping, noise.
+
+    Every method may be left as it is. ``parameters`` names the trainable parameters: buffers are none of a
+    transform's business unless it says so.
+    """
+
+    def replies(
+        self, server_round: int, current: Tensors, replies: list[ClientReply], parameters: frozenset[str]
+    ) -> list[ClientReply]:
+        """Return the replies that the algorithm aggregates."""
+        return replies
+
+    def model(
+        self, server_round: int, current: Tensors, model: Tensors, replies: int, parameters: frozenset[str]
+    ) -> Tensors:
+        """Return the model that follows, given the aggregated one and the number of replies in it."""
+        return model
+
+    def state_dict(self) -> Tensors:
+        """Return everything that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Put back what ``state_dict`` returned."""
+
+
 class FederatedStrategy(Strategy):
     """Base of our strategies: sampling, messages, phases and explicit state, around ``aggregate``.
 
@@ -109,6 +135,7 @@ class FederatedStrategy(Strategy):
         self.params = self.Params() if params is None else params
         self.half = self.Half(self.params)
         self.state: TensorGroups = {}
+        self.transforms: Sequence[ServerTransform] = ()
         self.setting: Setting | None = None
         self.phase = Phase("train", 0)
         self.current: Tensors = {}
@@ -142,7 +169,7 @@ class FederatedStrategy(Strategy):
         Before ``setup`` (a bare strategy under Flower's own loop) every floating tensor counts as one.
         """
         if self.setting is not None:
-            return self.setting.parameters & model.keys()
+            return self.setting.info.parameters & model.keys()
         return frozenset(name for name, value in model.items() if value.is_floating_point())
 
     # Flower's contract.
@@ -167,9 +194,15 @@ class FederatedStrategy(Strategy):
         usable = [decode(reply) for reply in replies if reply.has_content()]
         if not usable:
             return None, None
+        metrics = aggregation.mean_metrics([reply.metrics for reply in usable])
+        moving = self.parameters(self.current)
+        for transform in self.transforms:
+            usable = transform.replies(server_round, self.current, usable, moving)
         # What stayed at home (private parameters) keeps its value on the server.
         model = {**self.current, **self.aggregate(server_round, self.current, usable)}
-        return messages.array_record(model), aggregation.mean_metrics([r.metrics for r in usable])
+        for transform in self.transforms:
+            model = transform.model(server_round, self.current, model, len(usable), moving)
+        return messages.array_record(model), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -192,18 +225,20 @@ class FederatedStrategy(Strategy):
 
     def state_dict(self) -> TensorGroups:
         """Return everything that a resumed run needs."""
-        return self.state
+        return {**self.state, **{f"{TRANSFORM}{i}": t.state_dict() for i, t in enumerate(self.transforms)}}
 
     def load_state_dict(self, state: TensorGroups) -> None:
         """Put back what ``state_dict`` returned."""
-        self.state = state
+        for i, transform in enumerate(self.transforms):
+            transform.load_state_dict(state.get(f"{TRANSFORM}{i}", {}))
+        self.state = {group: tensors for group, tensors in state.items() if not group.startswith(TRANSFORM)}
 
     @property
     def _sampler(self) -> Sampler:
         return self.setting.sampler if self.setting else Everyone()
 
     def _shared(self, arrays: ArrayRecord) -> ArrayRecord:
-        private = self.half.private(self.setting.roles) if self.setting else frozenset()
+        private = self.half.private(self.setting.info) if self.setting else frozenset()
         if not private:
             return arrays
         record = ArrayRecord()

@@ -29,7 +29,9 @@ def test_a_room_is_a_link_to_the_top_level_folder_without_init(room: str) -> Non
     link = ROOT / "src" / "flowerbed" / room
     assert link.is_symlink(), "a checkout without symbolic links; set git's core.symlinks"
     assert link.resolve() == ROOT / room
-    assert not (ROOT / room / "__init__.py").exists(), "would shadow packages of that name, see pyproject.toml"
+    assert not (ROOT / room / "__init__.py").exists(), (
+        "would shadow packages of that name, see pyproject.toml"
+    )
 
 
 def test_the_package_takes_no_short_name() -> None:

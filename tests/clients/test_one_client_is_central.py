@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.experiments.simulation import simulate
 from flowerbed.models.base import ModelSpec
 from flowerbed.seeds import seed_sequence, torch_seed
-from torch import nn
 
 ROUNDS, EPOCHS, BATCH = 3, 2, 128
 
 
-def plain_loop(model: str, options: dict[str, Any], local: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def plain_loop(
+    model: str, options: dict[str, Any], local: dict[str, Any], seed: int
+) -> dict[str, torch.Tensor]:
     """Train centrally; nothing of the trainer is used, only the documented seeds and the model."""
     data = load_dataset("digits")
     x, y = data.prepare(data.train.inputs), data.train.labels
@@ -57,9 +60,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sgd": ("mlp", {}, {"lr": 0.1}),
     "momentum, decay": ("mlp", {}, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}),
     "nesterov, cosine": ("mlp", {}, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "schedule": "cosine"}),
-    "exponential, clip": ("mlp", {}, {"lr": 0.2, "schedule": "exponential", "lr_decay": 0.5, "clip_norm": 0.5}),
+    "exponential, clip": (
+        "mlp",
+        {},
+        {"lr": 0.2, "schedule": "exponential", "lr_decay": 0.5, "clip_norm": 0.5},
+    ),
     "adam": ("mlp", {}, {"lr": 1e-3, "optimizer": "adam"}),
-    "adamw, drop last": ("mlp", {}, {"lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.01, "drop_last": True}),
+    "adamw, drop last": (
+        "mlp",
+        {},
+        {"lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.01, "drop_last": True},
+    ),
     "batch norm buffers": ("resnet8", {"norm": "bn"}, {"lr": 0.05, "momentum": 0.9}),
     "dropout": ("pfl_cnn", {}, {"lr": 0.05}),
 }

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
 from flowerbed.errors import CheckpointError
 from flowerbed.storage import load_groups, save_groups
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 
 def state(value: float) -> dict[str, dict[str, torch.Tensor]]:

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 import toys
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flowerbed.clients.data import BatchOrder, ClientData
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.training import TimeLimitError, train
+from flowerbed.clients.training import Hooks, TimeLimitError, backpropagate, train
 from flowerbed.errors import ClientError, ConfigError
-from flowerbed.models.base import ModelSpec, roles
+from flowerbed.models.base import ModelSpec
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
-from hypothesis import given
-from hypothesis import strategies as st
 
 CPU = torch.device("cpu")
 
@@ -33,10 +35,11 @@ def open_round(local: LocalParams, *, round_: int = 1, examples: int = 20, seed:
     y = torch.randint(0, 3, (examples,), generator=generator)
     model = ModelSpec("linear", (6,), 3).build(seed)
     clock = Clock(round_, 5, local.steps_per_round(examples))
+    data = ClientData(x, y, torch.arange(examples), {})
     return LocalRound(
         client=0, seed=seed, clock=clock, phase="train", config={}, received={"arrays": dict(model.state_dict())},
-        model=model, parts=ModelParts.resident(model), roles=roles(model), task=Classification(3), local=local,
-        train_data=ClientData(x, y, torch.arange(examples), {}), state={}, device=CPU,
+        model=model, parts=ModelParts.resident(model), info=ModelInfo.of(model), task=Classification(3), local=local,
+        open_train=lambda: data, open_test=lambda: data, state={}, device=CPU,
     )  # fmt: skip
 
 
@@ -88,9 +91,34 @@ def test_correct_edits_the_gradient_that_the_optimizer_sees() -> None:
     def ones(gradients: Any, parameters: Any, extras: Mapping[str, float]) -> Any:
         return {n: torch.full_like(g, extras["value"]) for n, g in gradients.items()}
 
-    train(local, ClientHalf().loss, extras={"value": 2.0}, correct=ones)
+    train(local, ClientHalf().loss, extras={"value": 2.0}, hooks=Hooks(correct=ones))
     for name, value in local.model.state_dict().items():
         torch.testing.assert_close(value, before[name] - 0.5 * 2.0)
+
+
+def test_estimate_replaces_the_gradient_and_after_step_sees_the_step() -> None:
+    local = open_round(LocalParams(lr=0.5, batch_size=10))
+    seen: list[tuple[int, float, int]] = []
+
+    def doubled(compute: Any, parameters: Any) -> Any:
+        value, metrics, gradients = backpropagate(compute, parameters)
+        return value, metrics, {n: 2 * g for n, g in gradients.items()}
+
+    hooks = Hooks(estimate=doubled, after_step=lambda s: seen.append((s.index, s.lr, len(s.batch["y"]))))
+    train(local, ClientHalf().loss, extras={}, hooks=hooks)
+    twin = open_round(LocalParams(lr=1.0, batch_size=10))
+    train(twin, ClientHalf().loss, extras={})
+    assert seen == [(0, 0.5, 10), (1, 0.5, 10)]
+    for name, value in local.model.state_dict().items():
+        torch.testing.assert_close(value, twin.model.state_dict()[name])
+
+
+def test_two_trainings_of_one_round_keep_their_own_memory() -> None:
+    params = LocalParams(momentum=0.9, persist=True, batch_size=10)
+    local = open_round(params)
+    train(local, ClientHalf().loss, extras={}, steps=range(1), scope=" first")
+    train(local, ClientHalf().loss, extras={}, steps=range(1, 2), scope=" second")
+    assert {"optimizer first.momentum_buffer", "optimizer second.momentum_buffer"} <= local.state.keys()
 
 
 def test_frozen_parameters_do_not_move_and_others_do() -> None:

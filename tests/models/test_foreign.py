@@ -41,6 +41,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     def create_model(name: str, **options: Any) -> nn.Module:
+        if "drop_rat" in options:
+            raise TypeError("unexpected keyword argument 'drop_rat'")
         asked.update(options, name=name)
         model = StandIn(options["in_chans"], options["num_classes"])
         if name == "headless":
@@ -79,6 +81,10 @@ def test_what_cannot_be_had_is_refused(asked: dict[str, Any], monkeypatch: pytes
         build_model("timm:smal", (2, 8, 8), 3)
     with pytest.raises(ConfigError, match="does not end in one linear layer"):
         build_model("timm:headless", (2, 8, 8), 3)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'drop_rat'"):
+        build_model("timm:small", (2, 8, 8), 3, drop_rat=0.5)
+    with pytest.raises(ConfigError, match="takes images"):
+        build_model("timm:small", (64,), 3)
     assert list_models("timm:s*") == ["timm:small"]
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match="pip install timm"):

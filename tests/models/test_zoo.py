@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -291,6 +292,23 @@ def test_patterns_list_models() -> None:
 def test_models_by_import_path() -> None:
     model = ModelSpec("flowerbed.models.dense:mlp", (4,), 3, {"hidden": (5,)}).build(0)
     assert model(torch.zeros(2, 4)).shape == (2, 3)
+
+
+def test_a_user_s_own_class_is_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        def __init__(self, input_shape: tuple[int, ...], num_classes: int, scale: float = 1.0) -> None:
+            super().__init__(input_shape[0], num_classes)
+            self.scale = scale
+
+    module = ModuleType("own_models")
+    vars(module)["Own"] = Own
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    model = build_model("own_models:Own", (4,), 3, scale=2)
+    assert isinstance(model, Own)
+    assert model.scale == 2
+    assert same_bits(build_model("own_models:Own", (4,), 3).state_dict(), model.state_dict())
+    with pytest.raises(ConfigError, match="scale='2' of model 'own_models:Own' must be of type float"):
+        build_model("own_models:Own", (4,), 3, scale="2")
 
 
 def test_mlp_takes_flat_features_as_well() -> None:

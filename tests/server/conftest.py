@@ -74,7 +74,8 @@ def ray_runtime() -> Iterator[bool]:
     """Start Ray; the value says whether Python's global generator was left as it was."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install flowerbed[simulation]")
     before = random.getstate()
-    ray_grid.ensure_runtime(None, workers=2, gpus_per_worker=0.0)
+    # Room for the grid of the session beside one of a single test, whatever this machine has.
+    ray_grid.ensure_runtime(None, workers=4, gpus_per_worker=0.0)
     yield random.getstate() == before
     ray_grid.shutdown()
 

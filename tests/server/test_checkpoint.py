@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from flowerbed.errors import CheckpointError
 from flowerbed.server import checkpoint as module
 from flowerbed.server.checkpoint import Checkpoint, Checkpoints

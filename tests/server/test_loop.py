@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 import toys
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import DiskStore
 from flowerbed.errors import CheckpointError, ConfigError, RunError
@@ -21,9 +25,6 @@ from flowerbed.server.params import EvaluationParams, FederationParams, StopPara
 from flowerbed.server.sampling import UniformSampler
 from flowerbed.storage import Tensors
 from flowerbed.strategies.fedavg import FedAvg
-from flwr.app import Message
-from hypothesis import given
-from hypothesis import strategies as st
 
 LOCAL = LocalParams(lr=0.1, batch_size=0)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error, Message, MetricRecord, RecordDict
+
 from flowerbed import messages
 from flowerbed.server.grids import flower_compat
 from flowerbed.server.replies import check_replies
-from flwr.app import Error, Message, MetricRecord, RecordDict
 
 flower_compat.set_identity(1)
 CLIENTS = {1000: 0, 1001: 1, 1002: 2}
@@ -19,7 +20,9 @@ def ask() -> list[Message]:
     return [Message(content=content, dst_node_id=node, message_type="train") for node in CLIENTS]
 
 
-def answer(message: Message, *, w: torch.Tensor | None = None, **changes: float | list[float] | None) -> Message:
+def answer(
+    message: Message, *, w: torch.Tensor | None = None, **changes: float | list[float] | None
+) -> Message:
     metrics = {"num-examples": 4, "loss": 0.5, **changes}
     content = RecordDict({"arrays": messages.array_record({"w": torch.ones(2, 3) if w is None else w})})
     content["metrics"] = MetricRecord({k: v for k, v in metrics.items() if v is not None})
@@ -48,7 +51,10 @@ def test_one_bad_number_is_enough(value: float) -> None:
     asked = ask()
     w = torch.ones(2, 3)
     w[1, 2] = value
-    assert check_third(answer(asked[2], w=w), asked) == ("non-finite", "'w' of stream 'arrays' holds NaN or infinity")
+    assert check_third(answer(asked[2], w=w), asked) == (
+        "non-finite",
+        "'w' of stream 'arrays' holds NaN or infinity",
+    )
 
 
 def test_large_finite_numbers_whose_sum_overflows_are_fine() -> None:
@@ -72,7 +78,10 @@ def test_a_shape_other_than_the_one_sent() -> None:
 @pytest.mark.parametrize("name", ["loss", "num-examples"])
 def test_a_missing_metric(name: str) -> None:
     asked = ask()
-    assert check_third(answer(asked[2], **{name: None}), asked) == ("missing-metric", f"metric '{name}' is missing")
+    assert check_third(answer(asked[2], **{name: None}), asked) == (
+        "missing-metric",
+        f"metric '{name}' is missing",
+    )
 
 
 @pytest.mark.parametrize("weight", [-1, [1.0, 2.0]])

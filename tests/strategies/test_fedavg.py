@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import toys
+
 from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ConfigError
 from flowerbed.strategies.base import ClientReply
@@ -48,7 +49,9 @@ def test_examples_weigh_and_uniform_does_not() -> None:
 
 
 def test_server_lr_scales_the_step_of_parameters_only() -> None:
-    replies = [ClientReply(1, {"arrays": {"w": torch.tensor([1.0]), "n": torch.tensor(5)}}, {"num-examples": 1})]
+    replies = [
+        ClientReply(1, {"arrays": {"w": torch.tensor([1.0]), "n": torch.tensor(5)}}, {"num-examples": 1})
+    ]
     current = {"w": torch.tensor([3.0]), "n": torch.tensor(4)}
     moved = FedAvg(FedAvgParams(server_lr=0.25)).aggregate(1, current, replies)
     assert moved["w"] == 3.0 + 0.25 * (1.0 - 3.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.simulation import resume, simulate
 from flowerbed.server.loop import RunResult

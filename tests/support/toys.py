@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from flowerbed.clients.app import ClientSpec
 from flowerbed.clients.data import Batch
 from flowerbed.clients.half import ClientHalf
@@ -14,7 +15,8 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientStore, MemoryStore
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.datasets.partitions import Partition
-from flowerbed.models.base import ModelSpec, parameter_names, roles
+from flowerbed.models.base import ModelSpec
+from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
 from flowerbed.server.grids.inprocess import InProcessGrid
@@ -22,7 +24,6 @@ from flowerbed.server.loop import Federation
 from flowerbed.server.params import FederationParams
 from flowerbed.server.sampling import UniformSampler
 from flowerbed.strategies.base import FederatedStrategy, Setting
-from torch import Tensor, nn
 
 CURVATURES, MINIMA = (1.0, 3.0), (0.0, 1.0)
 """The two quadratics F_i(w) = a_i / 2 (w - b_i)^2; their mean is least at w = 0.75."""
@@ -68,13 +69,13 @@ class CountingHalf(ClientHalf):
 
     stateful = True
 
-    def private(self, roles: Mapping[str, Any]) -> frozenset[str]:
-        return frozenset(name for name, role in roles.items() if role == "head")
+    def private(self, info: ModelInfo) -> frozenset[str]:
+        return info.head
 
-    def end(self, local: LocalRound, trained: Trained) -> Mapping[str, Mapping[str, Tensor]]:
+    def end(self, local: LocalRound, trained: Trained, extras: Extras) -> Mapping[str, Mapping[str, Tensor]]:
         before = local.state.get("count", {}).get("rounds", torch.zeros((), dtype=torch.int64))
         local.state["count"] = {"rounds": before + 1}
-        return {**super().end(local, trained), "count": {"rounds": (before + 1).double()}}
+        return {**super().end(local, trained, extras), "count": {"rounds": (before + 1).double()}}
 
 
 def with_half(strategy: FederatedStrategy, half: ClientHalf) -> FederatedStrategy:
@@ -98,9 +99,7 @@ def quadratic_federation(
     partition = Partition.from_owners(list(owners), clients)
     spec = ModelSpec("toys:Scalar", dataset.input_shape, 1)
     module = spec.build(0)
-    strategy.setup(
-        Setting(0, clients, rounds, roles(module), frozenset(parameter_names(module)), UniformSampler(0, cohort))
-    )
+    strategy.setup(Setting(0, clients, rounds, ModelInfo.of(module), UniformSampler(0, cohort)))
     kept = store or MemoryStore()
     client = ClientSpec(0, rounds, strategy.half, spec, dataset, partition, None, local, kept, "cpu")
     params = FederationParams(clients=clients, cohort=cohort, rounds=rounds)
