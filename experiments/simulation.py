@@ -101,7 +101,7 @@ def run_simulation(
     parts = build_parts(simulation)
     if simulation.run.dir is None:
         with open_grid(parts, MemoryStore()) as grid:
-            return _federation(parts, grid, callbacks).run()
+            return make_federation(parts, grid, callbacks).run()
     directory = Path(simulation.run.dir)
     if not resume:
         _claim(directory, parts.simulation)
@@ -112,7 +112,7 @@ def run_simulation(
     try:
         store = DiskStore(directory / "checkpoints" / "clients")
         with open_grid(parts, store) as grid:
-            result = _federation(parts, grid, callbacks, directory, log, store).run(resume=resume)
+            result = make_federation(parts, grid, callbacks, directory, log, store).run(resume=resume)
         save_file(_contiguous(result.model), directory / "model.safetensors")
         return result
     except BaseException as caught:
@@ -265,14 +265,15 @@ def open_grid(parts: Parts, store: ClientStore) -> Iterator[SimulationGrid]:
         yield grid
 
 
-def _federation(
+def make_federation(
     parts: Parts,
     grid: SimulationGrid,
-    callbacks: Sequence[Callback],
+    callbacks: Sequence[Callback] = (),
     directory: Path | None = None,
     log: MetricsLog | None = None,
     store: DiskStore | None = None,
 ) -> Federation:
+    """Put the parts and an open grid together."""
     simulation = parts.simulation
     return Federation(
         strategy=parts.strategy,

@@ -129,8 +129,9 @@ class RayGrid(SimulationGrid):
         scheduling, not a cap on memory). ``address``: see ``ensure_runtime``.
 
         A ``stateful`` client (one that keeps things in its worker or on its worker's disk) always goes to the
-        same worker, unless that is dead, and each call carries one client, so that no finished client runs
-        again because another killed the worker. Otherwise an idle worker takes the next clients.
+        same worker, unless that is dead; otherwise an idle worker takes the next clients. When a worker dies,
+        all clients of its call run again, also those that had finished: what a client writes down should be
+        keyed by round. (Its Flower ``Context.state`` is: it changes only when the reply is in.)
 
         ``time_limit``: seconds after which a client's worker is killed and the client gets an error reply.
         It also means one client per call.
@@ -290,7 +291,7 @@ class RayGrid(SimulationGrid):
 
     def _call_size(self, idle: int) -> int:
         """Return how many clients the next call carries."""
-        if self.stateful or self.time_limit is not None:
+        if self.time_limit is not None:
             return 1
         waiting = len(self._queue)
         pace = self._pace.get(self._queue[0].message.metadata.message_type)
@@ -302,21 +303,26 @@ class RayGrid(SimulationGrid):
         return max(1, min(fair, by_time, by_memory))
 
     def _take(self, worker: _Worker, size: int) -> list[_Task]:
-        if self.stateful:
-            for task in self._queue:
-                home = self._pool[(task.node_id - FIRST_NODE_ID) % self.workers]
-                if home is worker or home.restarting:
-                    self._queue.remove(task)
-                    return [task]
-            return []
+        """Remove from the queue and return the next call of ``worker``: up to ``size`` clients, or one alone."""
         tasks: list[_Task] = []
+        passed: list[_Task] = []
         while self._queue and len(tasks) < size:
+            if not self._may_run(self._queue[0], worker):
+                passed.append(self._queue.popleft())
+                continue
             if self._queue[0].alone and tasks:
                 break
             tasks.append(self._queue.popleft())
             if tasks[-1].alone:
                 break
+        self._queue.extendleft(reversed(passed))
         return tasks
+
+    def _may_run(self, task: _Task, worker: _Worker) -> bool:
+        if not self.stateful:
+            return True
+        home = self._pool[(task.node_id - FIRST_NODE_ID) % self.workers]
+        return home is worker or home.restarting
 
     def _submit(self, worker: _Worker, tasks: list[_Task]) -> None:
         unique = {id(shared): shared for task in tasks for _, shared in task.records}

@@ -223,7 +223,7 @@ def test_private_state_follows_the_client_through_partial_participation(tmp_path
     parts = replace(parts, strategy=strategy, spec=replace(parts.spec, half=strategy.half))
     store = DiskStore(tmp_path)
     with build.open_grid(parts, store) as grid:
-        build._federation(parts, grid, ()).run()
+        build.make_federation(parts, grid).run()
     sampler = UniformSampler(0, 2)
     drawn = [client for r in range(1, 7) for client in sampler.train(r, range(5))]
     for client in range(5):

@@ -98,8 +98,15 @@ def test_a_client_that_kills_its_worker_once_is_answered(ray_pair: RayGrid, tmp_
     assert ray_pair.quarantined == set()
 
 
-def test_a_client_that_kills_workers_is_quarantined(ray_runtime: bool, toy: Callable[[], ClientApp]) -> None:
-    with RayGrid(toy, 10, workers=2) as grid:
+def test_killers_are_quarantined_and_the_overdue_stopped(
+    ray_runtime: bool, toy: Callable[[], ClientApp]
+) -> None:
+    with RayGrid(toy, 10, workers=2, time_limit=1.0) as grid:
+        late = grid.send_and_receive(ask(ALL, do="sleep", seconds=60.0, only=[0]))
+        assert [reply.has_error() for reply in late] == [True] + [False] * 9
+        assert late[0].error.reason == "time limit of 1 s exceeded"
+        assert late[0].error.code == flower_compat.NO_REPLY
+        assert grid.quarantined == set()
         replies = grid.send_and_receive(ask(ALL, do="die", only=[4]))
         assert [reply.has_error() for reply in replies] == [p == 4 for p in ALL]
         assert replies[4].error.code == flower_compat.CLIENT_CRASHED
@@ -112,15 +119,6 @@ def test_a_client_that_kills_workers_is_quarantined(ray_runtime: bool, toy: Call
         assert about(grid.send_and_receive(ask([3, 5], do="about")), "partition") == [3, 5]
     with pytest.raises(RunError, match="closed"):
         grid.send_and_receive(ask([1]))
-
-
-def test_an_overdue_client_is_stopped_alone(ray_runtime: bool, toy: Callable[[], ClientApp]) -> None:
-    with RayGrid(toy, 10, workers=2, time_limit=1.0) as grid:
-        replies = grid.send_and_receive(ask(ALL, do="sleep", seconds=60.0, only=[0]))
-        assert [reply.has_error() for reply in replies] == [True] + [False] * 9
-        assert replies[0].error.reason == "time limit of 1 s exceeded"
-        assert replies[0].error.code == flower_compat.NO_REPLY
-        assert grid.quarantined == set()
 
 
 def test_stateful_clients_stay_with_their_worker(ray_runtime: bool, toy: Callable[[], ClientApp]) -> None:
