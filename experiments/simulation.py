@@ -45,7 +45,14 @@ from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
 from flowerbed.strategies.flower import FlowerParams, FlowerStrategy
 from flowerbed.strategies.loader import load_all
 
-DEFAULT_MODELS = {"digits": "mlp", "cifar10": "resnet8", "cifar100": "resnet8", "pacs": "resnet8"}
+# Group norm, because the batch statistics of clients with few classes do not average.
+SMALL_RESNET = Choice("resnet8", {"norm": "gn"})
+DEFAULT_MODELS = {
+    "digits": Choice("mlp"),
+    "cifar10": SMALL_RESNET,
+    "cifar100": SMALL_RESNET,
+    "pacs": SMALL_RESNET,
+}
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def default_model(dataset: Dataset) -> Choice:
     if dataset.task == "next-token":
         return Choice("char_lstm")
     if dataset.name in DEFAULT_MODELS:
-        return Choice(DEFAULT_MODELS[dataset.name])
+        return DEFAULT_MODELS[dataset.name]
     return Choice("mlp" if len(dataset.input_shape) == 1 else "leaf_cnn")
 
 

@@ -1,0 +1,34 @@
+# make run   installs everything and trains a federation of real data; make test runs every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: run test test-slow lint clean
+
+run: $(VENV)/.simulation
+	$(BIN)/flowerbed simulate grid=ray run.dir=runs/first run.overwrite=true
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.simulation: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
