@@ -157,6 +157,7 @@ def build_parts(simulation: Simulation) -> Parts:
             sampler=UniformSampler(
                 simulation.seed, federation.cohort, federation.oversample, simulation.evaluation.clients
             ),
+            cohort=federation.cohort,
         )
     )
     spec = ClientSpec(

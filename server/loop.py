@@ -133,7 +133,7 @@ class Federation:
             callback.started(len(plan), done + 1)
         stopper = EarlyStop(self.stop)
         reason = stopper.reason(self.history) if done else None
-        if not done:
+        if not done and self.evaluation.every:
             self._evaluate_server(0)
         entered: Phase | None = plan[done - 1] if done else None
         for server_round, phase in enumerate(plan[done:], start=done + 1):

@@ -70,6 +70,8 @@ class Setting:
     info: ModelInfo
     """Roles, shapes and kinds of the model's parameters and buffers."""
     sampler: Sampler
+    cohort: int = 0
+    """Clients asked in a round (m); 0 means all."""
 
 
 @dataclass(frozen=True)
