@@ -18,9 +18,20 @@ Batch = dict[str, Tensor]
 """A batch by name: x (inputs, prepared), y (labels), index (sample ids in the split), and the extras."""
 
 
+LABELLED = "labelled"
+"""Extra of a semi-supervised split: bool, whether the client sees the sample's label."""
+CLEAN = "clean"
+"""Extra beside it: the true label of every sample, for measuring pseudo-labels and for nothing else."""
+UNLABELLED = -1
+"""The label that a client sees where it sees none."""
+
+
 @dataclass(frozen=True)
 class ClientData:
-    """The samples of one client: an index view of a split, prepared (normalised) once when built."""
+    """The samples of one client: an index view of a split, prepared (normalised) once when built.
+
+    Where the split has the extra ``labelled``, the labels of the other samples read ``UNLABELLED``.
+    """
 
     x: Tensor
     y: Tensor
@@ -33,12 +44,12 @@ class ClientData:
     ) -> ClientData:
         """Take the samples ``indices`` of ``split``, in that order, to ``device``."""
         index = torch.from_numpy(np.array(indices, dtype=np.int64))
-        return cls(
-            x=dataset.prepare(split.inputs[index]).to(device),
-            y=split.labels[index].to(device),
-            index=index.to(device),
-            extras={name: values[index].to(device) for name, values in split.extras.items()},
-        )
+        labels = split.labels[index].to(device)
+        extras = {name: values[index].to(device) for name, values in split.extras.items()}
+        if LABELLED in extras:
+            extras[CLEAN] = labels
+            labels = torch.where(extras[LABELLED], labels, UNLABELLED)
+        return cls(dataset.prepare(split.inputs[index]).to(device), labels, index.to(device), extras)
 
     def __len__(self) -> int:
         return len(self.y)

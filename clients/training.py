@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowerbed import seeds
-from flowerbed.clients.data import Batch, BatchOrder
+from flowerbed.clients.data import LABELLED, Batch, BatchOrder
 from flowerbed.clients.local_round import Extras, LocalRound, Step, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
@@ -115,6 +115,11 @@ def train(
 
 def own_batches(local: LocalRound, params: LocalParams) -> Batches:
     """Return the client's own batches: the documented order of its data, augmented as ``params`` say."""
+    if LABELLED in local.train_data.extras and not bool(local.train_data.extras[LABELLED].all()):
+        raise ClientError(
+            "some of this client's samples have no label and the strategy uses every sample; use a "
+            "semi-supervised strategy, or set data.labelled=1"
+        )
     order = BatchOrder(params, len(local.train_data), local.seed, local.client)
     augment = AUGMENTATIONS.get(params.augment) if params.augment != "none" else None
 

@@ -68,8 +68,16 @@ class DataParams:
     """Whether a missing set may be downloaded."""
     imbalance: float = 1.0
     """Largest over smallest class of the training set (exponential profile); 1 keeps it as it is."""
+    labelled: float = 1.0
+    """Share of every client's samples whose labels it sees, the same share of each class."""
+    labels_per_class: int = 0
+    """Labelled samples of each class that every client has, instead of a share; 0 means ``labelled`` decides."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.labelled <= 1, f"data.labelled is {self.labelled}; give a share between 0 and 1.")
+        require(
+            self.labels_per_class >= 0, f"data.labels_per_class is {self.labels_per_class}; give 0 (off) or more."
+        )
         require(self.imbalance >= 1, f"data.imbalance is {self.imbalance}; give 1 (balanced) or more.")
 
 

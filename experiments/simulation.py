@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowerbed.clients.app import ClientSpec, choose_device
+from flowerbed.clients.data import LABELLED
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.partitions import Partition, partition
 from flowerbed.datasets.sources import load_dataset
-from flowerbed.datasets.subsets import long_tail, matched_test_partition
+from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
@@ -142,6 +143,7 @@ def build_parts(simulation: Simulation) -> Parts:
         **simulation.dataset.options,
     )
     train, test = build_partitions(simulation, dataset)
+    dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
         simulation = replace(simulation, model=default_model(dataset))
     model = ModelSpec(
@@ -216,6 +218,22 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
     test_labels = dataset.test.labels
     test_by_class = test_labels if test_labels.ndim == 1 else test_labels[:, 0]
     return share, matched_test_partition(test_by_class, counts, simulation.seed)
+
+
+def hide_labels(simulation: Simulation, dataset: Dataset, train: Partition) -> Dataset:
+    """Mark which training samples keep their label, in the extra ``labelled``; see ``ClientData``."""
+    data = simulation.data
+    if data.labelled == 1 and not data.labels_per_class:
+        return dataset
+    how: dict[str, Any] = (
+        {"per_class": data.labels_per_class} if data.labels_per_class else {"fraction": data.labelled}
+    )
+    mask = torch.zeros(len(dataset.train), dtype=torch.bool)
+    for client in range(train.num_clients):
+        labelled, _ = labelled_split(dataset.train.labels, train.indices(client), simulation.seed, **how)
+        mask[torch.from_numpy(labelled)] = True
+    split = replace(dataset.train, extras={**dataset.train.extras, LABELLED: mask})
+    return replace(dataset, train=split)
 
 
 def default_model(dataset: Dataset) -> Choice:

@@ -196,3 +196,21 @@ def test_proximal_term_of_flowers_fedprox_by_hand() -> None:
 def test_bad_local_parameters_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"local.{next(iter(bad))}"):
         LocalParams(**bad)
+
+
+def test_hidden_labels_are_hidden_and_refused_by_supervised_strategies() -> None:
+    from flowerbed.errors import RunError
+    from flowerbed.experiments.config import Simulation
+    from flowerbed.experiments.simulation import build_parts, simulate
+
+    settings: dict[str, Any] = {"data": {"labelled": 0.25}, "federation": {"clients": 3, "rounds": 1}}
+    parts = build_parts(Simulation.of(settings))
+    for client in range(3):
+        view = ClientData.view(parts.dataset, parts.dataset.train, parts.train.indices(client), CPU)
+        labelled = view.extras["labelled"]
+        assert abs(int(labelled.sum()) - len(view) / 4) <= 1
+        assert bool((view.y[~labelled] == -1).all())
+        assert torch.equal(view.y[labelled], view.extras["clean"][labelled])
+        assert set(view.y[labelled].tolist()) == set(range(10))
+    with pytest.raises(RunError, match="semi-supervised strategy"):
+        simulate(**settings)
