@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from flowerbed.clients.store import MemoryStore
 from flowerbed.experiments import simulation
 from flowerbed.experiments.config import Simulation
 from flowerbed.server.grids.base import SimulationGrid
@@ -97,7 +98,7 @@ def check_messages_round_trip(case: Case) -> None:
     direct = run(case)
     simulated = case.simulation()
     parts = simulation.build_parts(simulated)
-    with simulation.open_grid(parts, simulation.MemoryStore()) as grid:
+    with simulation.open_grid(parts, MemoryStore()) as grid:
         wired = simulation.make_federation(parts, cast(SimulationGrid, _Wired(grid))).run()
     assert_equal(direct.model, wired.model, "a message that went over a wire gives another model")
 
