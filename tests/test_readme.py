@@ -1,0 +1,41 @@
+"""What the README shows works."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from flowerbed.experiments.conformance import CHECKS, Case
+from flowerbed.experiments.simulation import simulate
+from flowerbed.strategies.fedprox import FedProx
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    accuracy, failures = capsys.readouterr().out.split()
+    assert float(accuracy) > 0.5
+    assert failures == "0"
+
+
+def test_the_algorithm_is_complete_and_equals_the_one_we_ship(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_fedprox.py").write_text(PYTHON[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"federation": {"clients": 4, "cohort": 2, "rounds": 2}, "evaluation": {"every": 0}}
+    mine = simulate(strategy={"name": "my_fedprox:MyFedProx", "mu": 0.5}, **settings)
+    ours = simulate(strategy={"name": FedProx.__name__.lower(), "mu": 0.5}, **settings)
+    for name, value in ours.model.items():
+        assert value.equal(mine.model[name])
+    for check in CHECKS:
+        check(Case("my_fedprox:MyFedProx", {"mu": 0.5}, one_client_is_central=False))
+    sys.modules.pop("my_fedprox")
+
+
+def test_the_example_is_as_short_as_promised() -> None:
+    assert len([line for line in PYTHON[1].splitlines() if line.strip()]) <= 30
