@@ -91,10 +91,10 @@ class Worker:
         return dict(self.model.state_dict(keep_vars=True))
 
     @cached_property
-    def initial_private(self) -> dict[str, Tensor]:
-        """Where a client's private parameters start: the values of the run's initial model."""
+    def initial(self) -> dict[str, Tensor]:
+        """The run's initial model, where private parameters and personal models of clients start."""
         initial = self.spec.model.build(self.spec.seed).state_dict()
-        return {name: initial[name].to(self.device) for name in sorted(self.private)}
+        return {name: value.to(self.device) for name, value in initial.items()}
 
     def train(self, message: Message, context: Context) -> Message:
         local = self._open(message, context, train=True)
@@ -149,11 +149,12 @@ class Worker:
             state=state,
             device=self.device,
             deadline=time.monotonic() + limit if limit else None,
+            open_initial=lambda: self.initial,
         )
 
     @torch.no_grad()
     def _load(self, received: dict[str, Tensor], state: ClientState) -> None:
-        private = {**self.initial_private, **state.get("private", {})} if self.private else {}
+        private = {n: self.initial[n] for n in self.private} | state.get("private", {}) if self.private else {}
         for name, target in self.resident.items():
             source = private[name] if name in private else received.get(name)
             if source is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowerbed import seeds
 from flowerbed.clients.params import LocalParams
+from flowerbed.datasets.augment import PIXELS, Scale
 from flowerbed.datasets.dataset import Dataset, Split
 
 Batch = dict[str, Tensor]
@@ -37,6 +38,8 @@ class ClientData:
     y: Tensor
     index: Tensor
     extras: Mapping[str, Tensor]
+    scale: Scale = PIXELS
+    """How the prepared values of images relate to pixels; augmentations need it."""
 
     @classmethod
     def view(
@@ -49,7 +52,8 @@ class ClientData:
         if LABELLED in extras:
             extras[CLEAN] = labels
             labels = torch.where(extras[LABELLED], labels, UNLABELLED)
-        return cls(dataset.prepare(split.inputs[index]).to(device), labels, index.to(device), extras)
+        inputs = dataset.prepare(split.inputs[index]).to(device)
+        return cls(inputs, labels, index.to(device), extras, Scale(dataset.mean, dataset.std))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -60,14 +64,22 @@ class ClientData:
         return {"x": self.x[rows], "y": self.y[rows], "index": self.index[rows], **extras}
 
 
+    def take(self, rows: Tensor) -> ClientData:
+        """Return the view of the given rows (int64 or bool) of this one."""
+        extras = {name: values[rows] for name, values in self.extras.items()}
+        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows], extras=extras)
+
+
 class BatchOrder:
     """Which rows the step at a given clock holds: a fresh permutation for each epoch of the run."""
 
-    def __init__(self, local: LocalParams, examples: int, seed: int, client: int) -> None:
+    def __init__(
+        self, local: LocalParams, examples: int, seed: int, client: int, purpose: str = "data order"
+    ) -> None:
         self._size = local.batch_size or examples
         self._per_epoch = local.batches_per_epoch(examples)
         self._examples = examples
-        self._key = (seed, "data order", client)
+        self._key = (seed, purpose, client)
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 

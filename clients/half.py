@@ -16,7 +16,15 @@ from torch import Tensor
 
 from flowerbed.clients.data import Batch
 from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained, shared_model
-from flowerbed.clients.training import Compute, Hooks, StepGradients, backpropagate, train
+from flowerbed.clients.training import (
+    Batches,
+    Compute,
+    Hooks,
+    StepGradients,
+    backpropagate,
+    own_batches,
+    train,
+)
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
@@ -51,6 +59,14 @@ class ClientHalf:
         """Prepare the round; what is returned reaches every hook."""
         return {}
 
+    def further(self, extras: Extras) -> Tensors:
+        """Return tensors of ``extras`` that local training moves, in place, beside the model's parameters."""
+        return {}
+
+    def batches(self, local: LocalRound) -> Batches:
+        """Return where the batches of a round come from, by clock: by default all of the client's samples."""
+        return own_batches(local, local.local)
+
     def loss(
         self, model: ModelParts, batch: Batch, extras: Extras, task: Task
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -81,9 +97,18 @@ class ClientHalf:
     def run(self, local: LocalRound) -> Reply:
         """Do one local round. Override for what is not one sequence of gradient steps."""
         extras = self.begin(local)
-        trained = train(local, self.loss, extras=extras, hooks=self.hooks(), frozen=self.frozen(local.info))
+        trained = train(
+            local,
+            self.loss,
+            extras=extras,
+            hooks=self.hooks(),
+            frozen=self.frozen(local.info),
+            batches=self.batches(local),
+            further=self.further(extras),
+        )
         streams = self.end(local, trained, extras)
-        return Reply(streams, {"num-examples": trained.examples, "steps": trained.steps, **trained.metrics})
+        counted = {"num-examples": trained.examples, "steps": trained.steps, **trained.counts}
+        return Reply(streams, {**counted, **trained.metrics})
 
     def hooks(self) -> Hooks:
         """Return the hooks that this class overrides, so that the others cost nothing in a step."""

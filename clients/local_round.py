@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,8 @@ class LocalRound:
     device: torch.device
     deadline: float | None = None
     """``time.monotonic()`` after which training stops with an error."""
+    open_initial: Callable[[], Tensors] = dict
+    """Returns the run's initial model, the same for every client; by default nothing is known of it."""
 
     @cached_property
     def train_data(self) -> ClientData:
@@ -127,6 +129,8 @@ class Trained:
     """Learning rate of the last step."""
     metrics: Mapping[str, float]
     """Means over the steps' batches, weighted by batch size; always has ``loss``."""
+    counts: Mapping[str, int | list[int]] = field(default_factory=dict)
+    """Sums over the steps of what the loss reported as integers."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flowerbed import seeds
-from flowerbed.clients.data import LABELLED, Batch, BatchOrder
+from flowerbed.clients.data import LABELLED, Batch, BatchOrder, ClientData
 from flowerbed.clients.local_round import Extras, LocalRound, Step, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
@@ -62,26 +62,36 @@ def train(
     params: LocalParams | None = None,
     steps: range | None = None,
     batches: Batches | None = None,
+    further: Mapping[str, Tensor] | None = None,
     scope: str = "",
 ) -> Trained:
     """Run optimizer steps on the resident model, in place.
 
-    ``loss(parts, batch, extras, task)`` is differentiated in each step; parameters named in ``frozen`` do not
-    move. By default the steps are those of this round on the client's own batches: ``params`` replaces the
-    local parameters, ``steps`` the clocks, ``batches`` (clock to batch) the data. With ``params.persist`` the
-    optimizer state and the modules' random stream come from and return to ``local.state``; ``scope`` keeps
-    several trainings of one round apart there.
+    ``loss(parts, batch, extras, task)`` is differentiated in each step; of what it reports beside its value,
+    integer tensors are counts and add up, others are averaged. Parameters named in ``frozen`` do not move, those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped
+    apart from them. By default the steps are those of this round on the client's own batches: ``params``
+    replaces the local parameters and brings a clock of its own, ``steps`` replaces the clocks, ``batches``
+    (clock to batch) the data. With ``params.persist`` the optimizer state and the modules' random stream come
+    from and return to ``local.state``; ``scope`` keeps several trainings of one round apart there.
     """
-    params, hooks = params or local.local, hooks or Hooks()
-    steps = local.clock.all_steps if steps is None else steps
-    moving = {name: p for name, p in local.model.named_parameters() if name not in frozen}
+    clock, hooks, further = local.clock, hooks or Hooks(), further or {}
+    if params is None:
+        params = local.local
+    else:
+        clock = replace(clock, steps=params.steps_per_round(len(local.train_data)))
+    steps = clock.all_steps if steps is None else steps
+    own = {name: p for name, p in local.model.named_parameters() if name not in frozen}
     for name, parameter in local.model.named_parameters():
-        parameter.requires_grad_(name in moving)
+        parameter.requires_grad_(name in own)
+    for tensor in further.values():
+        tensor.requires_grad_()
+    moving = {**own, **further}
     optimizer = make_optimizer(params, moving)
     if params.persist:
         restore_optimizer(optimizer, moving, local.state, scope)
     batches = batches or own_batches(local, params)
     totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     visits = 0
     lr = params.lr
     local.model.train()
@@ -90,19 +100,25 @@ def train(
             if local.deadline is not None and time.monotonic() > local.deadline:
                 raise TimeLimitError(f"time limit exceeded after {index - steps.start} steps")
             batch = batches(index)
-            lr = params.lr_at(index, local.clock.steps, local.clock.rounds)
+            lr = params.lr_at(index, clock.steps, clock.rounds)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             value, metrics = _set_gradients(local, loss, batch, extras, hooks, moving)
             if params.clip_norm:
-                torch.nn.utils.clip_grad_norm_(moving.values(), params.clip_norm)
+                for tensors in (own, further):
+                    torch.nn.utils.clip_grad_norm_(tensors.values(), params.clip_norm)
             optimizer.step()
             if hooks.after_step is not None:
                 hooks.after_step(Step(index, lr, batch, local.parts, extras, local.task))
-            size = len(batch["y"])
+            # A step on unlabelled samples alone still counts.
+            size = max(len(batch["y"]), 1)
             visits += size
-            for name, scalar in {"loss": value, **metrics}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=local.device)) + scalar.detach() * size
+            for name, found in {"loss": value, **metrics}.items():
+                if found.is_floating_point():
+                    before = totals.get(name, torch.zeros((), device=local.device))
+                    totals[name] = before + found.detach() * size
+                else:
+                    counts[name] = counts[name] + found if name in counts else found
     if params.persist:
         local.state.update(optimizer_state(optimizer, moving, scope))
     return Trained(
@@ -110,6 +126,7 @@ def train(
         examples=len(local.train_data),
         lr=lr,
         metrics={name: float(total) / visits for name, total in totals.items()},
+        counts={name: count.tolist() for name, count in counts.items()},
     )
 
 
@@ -120,14 +137,24 @@ def own_batches(local: LocalRound, params: LocalParams) -> Batches:
             "some of this client's samples have no label and the strategy uses every sample; use a "
             "semi-supervised strategy, or set data.labelled=1"
         )
-    order = BatchOrder(params, len(local.train_data), local.seed, local.client)
+    return batches_of(local, params, local.train_data)
+
+
+def batches_of(local: LocalRound, params: LocalParams, data: ClientData, stream: str = "") -> Batches:
+    """Return batches of ``data`` in the documented order, augmented as ``params`` say.
+
+    Different ``stream`` names order and augment independently of each other.
+    """
+    order = BatchOrder(params, len(data), local.seed, local.client, f"data order{stream}")
     augment = AUGMENTATIONS.get(params.augment) if params.augment != "none" else None
 
     def batch(step: int) -> Batch:
-        found = local.train_data.batch(order.rows(step).to(local.device))
+        found = data.batch(order.rows(step).to(local.device))
         if augment is not None:
-            stream = seeds.torch_rng(local.seed, "augment", local.client, step, device=local.device.type)
-            found["x"] = augment(found["x"], stream)
+            rng = seeds.torch_rng(
+                local.seed, f"augment{stream}", local.client, step, device=local.device.type
+            )
+            found["x"] = augment(found["x"], rng, scale=data.scale)
         return found
 
     return batch

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowerbed.clients.params import LocalParams
+from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 
@@ -23,6 +24,8 @@ IDENTITY = (
     "model",
     "federation",
     "local",
+    "privacy",
+    "byzantine",
     "evaluation",
     "stop",
 )
@@ -152,6 +155,8 @@ class Simulation:
     seed: int = 0
     federation: FederationParams = field(default_factory=FederationParams)
     local: LocalParams = field(default_factory=LocalParams)
+    privacy: PrivacyParams = field(default_factory=PrivacyParams)
+    byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -192,8 +197,8 @@ class Simulation:
         plain = {key: value for key, value in self.plain().items() if key in IDENTITY}
         for section, key in NEUTRAL:
             plain[section].pop(key)
-        if self.local.schedule == "cosine":
-            # The cosine schedule ends with the run, so here the number of rounds decides every step.
+        if "cosine" in (self.local.schedule, self.strategy.options.get("server_schedule")):
+            # A cosine schedule ends with the run, so here the number of rounds decides every step.
             plain["federation"]["rounds"] = self.federation.rounds
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -201,6 +206,8 @@ class Simulation:
 SECTIONS: dict[str, type] = {
     "federation": FederationParams,
     "local": LocalParams,
+    "privacy": PrivacyParams,
+    "byzantine": ByzantineParams,
     "evaluation": EvaluationParams,
     "stop": StopParams,
     "data": DataParams,

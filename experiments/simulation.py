@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import resource
 import shutil
@@ -27,21 +26,23 @@ from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.data import LABELLED
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
 from flowerbed.datasets.dataset import Dataset
+from flowerbed.datasets.files import Progress
 from flowerbed.datasets.partitions import Partition, partition
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
-from flowerbed.experiments.config import Choice, Simulation, build
+from flowerbed.experiments import figures, metrics, progress, tracking, transforms
+from flowerbed.experiments.config import IDENTITY, Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.tasks import task_for
-from flowerbed.server.callbacks import SERVER, Callback, MetricsLog
+from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, MetricsLog
 from flowerbed.server.checkpoint import Checkpoints
 from flowerbed.server.grids.base import SimulationGrid
 from flowerbed.server.loop import Federation, RunResult, ServerEvaluator
 from flowerbed.server.sampling import UniformSampler
-from flowerbed.storage import Tensors
+from flowerbed.storage import Tensors, atomic_write
 from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
 from flowerbed.strategies.flower import FlowerParams, FlowerStrategy
 from flowerbed.strategies.loader import load_all
@@ -106,19 +107,31 @@ def run_simulation(
     simulation: Simulation, *, callbacks: Sequence[Callback] = (), resume: bool = False
 ) -> RunResult:
     """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails."""
-    parts = build_parts(simulation)
-    if simulation.run.dir is None:
-        with open_grid(parts, MemoryStore()) as grid:
-            return make_federation(parts, grid, callbacks).run()
-    directory = Path(simulation.run.dir)
-    if not resume:
-        _claim(directory, parts.simulation)
+    tracking.check(simulation)
+    with progress.display(simulation.run.progress) as shown:
+        parts = build_parts(simulation, shown.download)
+        callbacks = (shown, *callbacks)
+        if simulation.run.dir is None:
+            with open_grid(parts, MemoryStore()) as grid:
+                return make_federation(parts, grid, callbacks).run()
+        directory = Path(simulation.run.dir)
+        if resume:
+            _go_on(directory, parts.simulation)
+        else:
+            _claim(directory, parts.simulation)
+        return _run_in(directory, parts, callbacks, resume)
+
+
+def _run_in(directory: Path, parts: Parts, callbacks: Sequence[Callback], resume: bool) -> RunResult:
     started = time.time()
     result: RunResult | None = None
     error: BaseException | None = None
     log = MetricsLog(directory / "metrics.jsonl")
+    flops = metrics.step_flops(parts.spec.model, parts.dataset, parts.simulation.local, parts.train.sizes)
+    tracker = tracking.open_tracker(parts.simulation, directory)
     try:
         store = DiskStore(directory / "checkpoints" / "clients")
+        callbacks = (tracker, *callbacks)
         with open_grid(parts, store) as grid:
             result = make_federation(parts, grid, callbacks, directory, log, store).run(resume=resume)
         save_file(_contiguous(result.model), directory / "model.safetensors")
@@ -127,10 +140,20 @@ def run_simulation(
         error = caught
         raise
     finally:
-        write_summary(directory, parts.simulation, log, result, error, time.time() - started)
+        summary = write_summary(directory, parts.simulation, log, result, error, time.time() - started, flops)
+        tracker.close(summary, draw_figures(directory, parts, log))
 
 
-def build_parts(simulation: Simulation) -> Parts:
+def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
+    """Draw the run's pictures from its partition and its metrics; returns the files."""
+    simulation, dataset = parts.simulation, parts.dataset
+    labels = dataset.train.labels
+    counts = parts.train.class_counts(labels if labels.ndim == 1 else labels[:, 0], dataset.num_classes)
+    title = f"{simulation.strategy.name} on {dataset.name}, {simulation.partition.name}"
+    return figures.draw(directory / "figures", log.records(), counts, dataset.classes, title)
+
+
+def build_parts(simulation: Simulation, download_progress: Progress | None = None) -> Parts:
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work."""
     load_all()
     federation = simulation.federation
@@ -140,28 +163,33 @@ def build_parts(simulation: Simulation) -> Parts:
         data_dir=simulation.data.dir,
         cache_dir=simulation.data.cache,
         download=simulation.data.download,
+        progress=download_progress,
         **simulation.dataset.options,
     )
     train, test = build_partitions(simulation, dataset)
     dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
         simulation = replace(simulation, model=default_model(dataset))
-    model = ModelSpec(
+    asked = ModelSpec(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
+    model = strategy.model_spec(asked)
     module = model.build(simulation.seed)
+    info = ModelInfo.of(module)
     strategy.setup(
         Setting(
             seed=simulation.seed,
             clients=federation.clients,
             rounds=federation.rounds,
-            info=ModelInfo.of(module),
+            info=info,
             sampler=UniformSampler(
                 simulation.seed, federation.cohort, federation.oversample, simulation.evaluation.clients
             ),
             cohort=federation.cohort,
+            local=simulation.local,
         )
     )
+    strategy.transforms = transforms.server_transforms(simulation, strategy, info)
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,
@@ -173,6 +201,7 @@ def build_parts(simulation: Simulation) -> Parts:
         local=simulation.local,
         store=MemoryStore(),
         device=simulation.grid.device,
+        transforms=transforms.client_transforms(simulation, dataset),
     )
     initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
     return Parts(simulation, dataset, train, test, spec, strategy, initial)
@@ -259,7 +288,8 @@ def server_evaluator(spec: ClientSpec) -> ServerEvaluator:
         module.load_state_dict(model)
         module.eval()
         sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
-        return evaluation.metrics(sums, len(test), spec.dataset.num_classes)
+        found = evaluation.metrics(sums, len(test), spec.dataset.num_classes)
+        return {**found, **evaluation.scores(found)}
 
     return evaluate
 
@@ -306,7 +336,7 @@ def make_federation(
         model=parts.model,
         grid=grid,
         params=simulation.federation,
-        evaluator=server_evaluator(parts.spec),
+        evaluator=transforms.with_backdoor_success(server_evaluator(parts.spec), simulation, parts.spec),
         evaluation=simulation.evaluation,
         stop=simulation.stop,
         callbacks=callbacks,
@@ -315,6 +345,7 @@ def make_federation(
         checkpoint_every=simulation.run.checkpoint_every,
         store=store,
         identity=simulation.identity,
+        derive=metrics.group_scores(parts.dataset.train.labels, parts.train, parts.dataset.num_classes),
     )
 
 
@@ -331,7 +362,28 @@ def _claim(directory: Path, simulation: Simulation) -> None:
         for name in ("metrics.jsonl", "summary.json", "model.safetensors"):
             (directory / name).unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(simulation.plain(), sort_keys=False))
+    _write_config(directory, simulation)
+
+
+def _go_on(directory: Path, simulation: Simulation) -> None:
+    """Keep what a resumed run does otherwise (more rounds, another grid) for the next resume.
+
+    Raises ``ConfigError``, and leaves the run as it is, for settings that decide the model.
+    """
+    stored = load_simulation(directory)
+    if stored.identity != simulation.identity:
+        before, now = stored.plain(), simulation.plain()
+        changed = [key for key in IDENTITY if before[key] != now[key]]
+        raise ConfigError(
+            f"The run in {directory} was made with other settings of {' and '.join(changed)}; resume may change "
+            "federation.rounds (not under a cosine schedule), grid, run and tracking. Start a new run instead."
+        )
+    _write_config(directory, simulation)
+
+
+def _write_config(directory: Path, simulation: Simulation) -> None:
+    text = yaml.safe_dump(simulation.plain(), sort_keys=False)
+    atomic_write(directory / "config.yaml", text.encode())
 
 
 def write_summary(
@@ -341,11 +393,11 @@ def write_summary(
     result: RunResult | None,
     error: BaseException | None,
     seconds: float,
+    flops_per_step: float | None = None,
 ) -> dict[str, Any]:
     """Write summary.json from the metrics log and the outcome; returns what was written."""
     records = log.records()
     failures = [failure for record in records for failure in record.failures]
-    evaluations = [r.metrics for r in records if r.phase == SERVER]
     if result is not None:
         status = result.status
     else:
@@ -356,15 +408,17 @@ def write_summary(
         "reason": result.reason if result is not None else f"{type(error).__name__}: {error}",
         "rounds": max((r.round for r in records), default=0),
         "resumed_from": result.resumed_from if result is not None else None,
-        "final": _scalars(evaluations[-1]) if evaluations else {},
-        f"mean_of_last_{last}": _means([_scalars(m) for m in evaluations[-last:]]),
-        "clients": _scalars(result.final("evaluate-clients")) if result is not None else {},
+        "final": metrics.final(records, SERVER),
+        f"mean_of_last_{last}": metrics.mean_of_last(records, SERVER, last),
+        "clients": metrics.final(records, CLIENTS),
+        f"clients_mean_of_last_{last}": metrics.mean_of_last(records, CLIENTS, last),
         "failures": {
             "total": len(failures),
             "by_kind": dict(Counter(f.kind for f in failures)),
             "by_client": {str(k): v for k, v in sorted(Counter(f.client for f in failures).items())},
         },
         "bytes": {"down": sum(r.bytes_down for r in records), "up": sum(r.bytes_up for r in records)},
+        "cost": metrics.cost(records, flops_per_step),
         "seed": simulation.seed,
         "config_hash": simulation.identity,
         "git_commit": _git_commit(),
@@ -377,28 +431,19 @@ def write_summary(
     return summary
 
 
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not isinstance(value, list)}
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = rows[0] if rows else {}
-    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
-
-
 def _contiguous(model: Tensors) -> Tensors:
     return {name: value.detach().clone().contiguous() for name, value in model.items()}
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the current directory's repository, or None."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+    """Return the commit of the current directory's repository, else of this package's, or None."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parent):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+            if found.returncode == 0:
+                return found.stdout.strip()
+    return None
 
 
 def _versions() -> dict[str, str]:

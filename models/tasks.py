@@ -11,9 +11,16 @@ from torch.nn import functional as F
 
 from flowerbed.errors import ConfigError, unknown_name
 
+CONFIDENCE_BINS = 15
+"""Bins of the calibration counts: equal widths over (0, 1], the m-th is ((m - 1) / 15, m / 15]."""
+
 
 class Task(Protocol):
     """Pure functions of a batch of outputs and labels; both work under ``torch.func.vmap``."""
+
+    @property
+    def classes(self) -> int:
+        """How many values a label may take: classes (C) or tokens (V)."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return one loss per sample, ``(N,)``."""
@@ -22,6 +29,8 @@ class Task(Protocol):
         """Return sums over the batch that may be added to those of any other batch.
 
         ``loss_sum`` is a float64 scalar; ``correct`` and ``total`` are int64 ``(C,)``, by true class.
+        ``bin_correct`` and ``bin_total`` (int64) and ``bin_confidence`` (float64, a sum) are
+        ``(CONFIDENCE_BINS,)``, by the confidence of the prediction: its softmax probability.
         """
 
 
@@ -31,16 +40,28 @@ class Classification:
 
     num_classes: int
 
+    @property
+    def classes(self) -> int:
+        return self.num_classes
+
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs, labels, reduction="none")
 
     def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hits = (outputs.argmax(-1) == labels).long()
-        zeros = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
+        ones = torch.ones_like(labels)
+        confidence = outputs.softmax(-1).amax(-1)
+        # Clamped: a probability that rounds to zero or is not a number has a bin as well.
+        bins = (confidence * CONFIDENCE_BINS).ceil().long().clamp(1, CONFIDENCE_BINS) - 1
+        per_class = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
+        per_bin = torch.zeros(CONFIDENCE_BINS, dtype=torch.int64, device=labels.device)
         return {
             "loss_sum": self.loss(outputs, labels).sum(dtype=torch.float64),
-            "correct": zeros.scatter_add(0, labels, hits),
-            "total": zeros.scatter_add(0, labels, torch.ones_like(labels)),
+            "correct": per_class.scatter_add(0, labels, hits),
+            "total": per_class.scatter_add(0, labels, ones),
+            "bin_correct": per_bin.scatter_add(0, bins, hits),
+            "bin_total": per_bin.scatter_add(0, bins, ones),
+            "bin_confidence": per_bin.double().scatter_add(0, bins, confidence.double()),
         }
 
 
@@ -53,6 +74,10 @@ class NextToken:
     """
 
     vocab: int
+
+    @property
+    def classes(self) -> int:
+        return self.vocab
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.transpose(1, 2), labels, reduction="none").mean(1)

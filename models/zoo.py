@@ -47,10 +47,18 @@ def build_model(name: str, input_shape: Shape, num_classes: int, seed: int = 0, 
     global generators are left as they were. Raises ``ConfigError`` if the name or an option is unknown, an
     option has the wrong type, or the model cannot take the input.
     """
+    with seeds.global_streams(seed, "initial weights"):
+        return draw_model(name, input_shape, num_classes, **options)
+
+
+def draw_model(name: str, input_shape: Shape, num_classes: int, **options: Any) -> nn.Module:
+    """Do what ``build_model`` does, with initial weights from the global generators as they stand.
+
+    For builders that build on another model.
+    """
     builder = foreign.timm_builder(name) if name.startswith(foreign.PREFIX) else MODELS.get(name)
     checked = _check_options(name, builder, options)
-    with seeds.global_streams(seed, "initial weights"):
-        return builder(tuple(input_shape), num_classes, **checked)
+    return builder(tuple(input_shape), num_classes, **checked)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -20,6 +20,8 @@ from flowerbed.storage import Tensors
 from flowerbed.strategies.base import FederatedStrategy, Phase
 
 ServerEvaluator = Callable[[Tensors], Mapping[str, Any]]
+Derive = Callable[[Mapping[str, Any]], Mapping[str, float]]
+"""An evaluation's metrics to further ones."""
 
 
 class VersionedStore(Protocol):
@@ -52,6 +54,35 @@ class RunResult:
         return next((dict(r.metrics) for r in reversed(self.history) if r.phase == phase), {})
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What one exchange with the clients brought."""
+
+    round: int
+    phase: str
+    started: float
+    asked: int
+    usable: list[Message]
+    failures: list[Failure]
+    bytes_down: int
+    bytes_up: int
+
+    def record(self, metrics: dict[str, Any]) -> Record:
+        """Return the line of metrics.jsonl for this exchange."""
+        return Record(
+            self.round,
+            self.phase,
+            metrics,
+            asked=self.asked,
+            answered=len(self.usable),
+            failed=len(self.failures),
+            seconds=time.perf_counter() - self.started,
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+            failures=tuple(self.failures),
+        )
+
+
 @dataclass
 class Federation:
     """A strategy, an initial model and a grid, run for a number of rounds."""
@@ -72,6 +103,8 @@ class Federation:
     store: VersionedStore | None = None
     identity: str = ""
     """Hash of the configuration; a checkpoint of another identity is refused."""
+    derive: Derive | None = None
+    """Adds to every evaluation what follows from its counts and the run's data (class groups)."""
 
     def __post_init__(self) -> None:
         if self.checkpoints is not None and self.log is None:
@@ -98,7 +131,7 @@ class Federation:
         finally:
             for callback in self.callbacks:
                 callback.finished(status)
-        return RunResult(self.model, self.history, status, reason, resumed_from)
+        return RunResult(self.strategy.deliver(self.model), self.history, status, reason, resumed_from)
 
     def _start(self) -> int:
         if self.log is not None:
@@ -160,21 +193,20 @@ class Federation:
 
     def _exchange(self, server_round: int, phase: Phase) -> None:
         """Ask the clients, use what is usable, and move the model."""
-        started = time.perf_counter()
         arrays = messages.array_record(self.model)
         asked = list(self.strategy.configure_train(server_round, arrays, self._config(), self.grid))
         if not asked:
             raise RunError(f"Round {server_round}: the strategy asked no client.")
-        usable, failures, traffic = self._ask(asked, server_round, phase.name)
-        usable = usable[: self.params.wanted]
+        answers = self._ask(asked, server_round, phase.name)
+        usable = answers.usable[: self.params.wanted]
         needed = max(1, round(self.params.quorum * self.params.wanted))
         if len(usable) < needed:
-            self._record(Record(server_round, phase.name, {}, len(asked), len(usable), len(failures),
-                                time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
-            first = f" First failure: client {failures[0].client}, {failures[0].reason}." if failures else ""
+            self._record(answers.record({}))
+            first = answers.failures[0] if answers.failures else None
             raise RunError(
                 f"Round {server_round}: {len(usable)} of {len(asked)} clients gave a usable reply, "
-                f"{needed} are needed (federation.quorum={self.params.quorum}).{first}"
+                f"{needed} are needed (federation.quorum={self.params.quorum})."
+                + (f" First failure: client {first.client}, {first.reason}." if first else "")
             )
         updated, metrics = self.strategy.aggregate_train(server_round, usable)
         if updated is not None:
@@ -190,31 +222,32 @@ class Federation:
                 f"Round {server_round}: {type(self.strategy).__name__} made no model from {len(usable)} replies; "
                 "it may need more clients a round."
             )
-        self._record(Record(server_round, phase.name, _plain(metrics), len(asked), len(usable), len(failures),
-                            time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
+        self._record(answers.record(_plain(metrics)))
 
     def _evaluate_clients(self, server_round: int) -> None:
-        started = time.perf_counter()
-        arrays = messages.array_record(self.model)
+        arrays = messages.array_record(self.strategy.deliver(self.model))
         asked = list(self.strategy.configure_evaluate(server_round, arrays, self._config(), self.grid))
-        if not asked:
-            return
-        usable, failures, traffic = self._ask(asked, server_round, CLIENTS)
-        metrics = self.strategy.aggregate_evaluate(server_round, usable)
-        self._record(Record(server_round, CLIENTS, _plain(metrics), len(asked), len(usable), len(failures),
-                            time.perf_counter() - started, *traffic, tuple(failures)))  # fmt: skip
+        if asked:
+            answers = self._ask(asked, server_round, CLIENTS)
+            metrics = self.strategy.aggregate_evaluate(server_round, answers.usable)
+            self._record(answers.record(self._derived(_plain(metrics))))
 
     def _evaluate_server(self, server_round: int) -> None:
-        if self.evaluator is None:
+        if self.evaluator is None or not self.strategy.whole:
             return
         started = time.perf_counter()
-        metrics = dict(self.evaluator(self.model))
-        self._record(Record(server_round, SERVER, metrics, seconds=time.perf_counter() - started))
+        metrics = dict(self.evaluator(self.strategy.deliver(self.model)))
+        self._record(
+            Record(server_round, SERVER, self._derived(metrics), seconds=time.perf_counter() - started)
+        )
 
-    def _ask(
-        self, asked: list[Message], server_round: int, phase: str
-    ) -> tuple[list[Message], list[Failure], tuple[int, int]]:
-        """Exchange messages; return the usable replies, the failures, and the bytes down and up."""
+    def _derived(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics of an evaluation with what follows from them."""
+        return {**metrics, **self.derive(metrics)} if self.derive is not None else metrics
+
+    def _ask(self, asked: list[Message], server_round: int, phase: str) -> _Answers:
+        """Exchange messages with the clients and sort what comes back."""
+        started = time.perf_counter()
         for callback in self.callbacks:
             callback.asked(server_round, phase, len(asked))
 
@@ -227,14 +260,19 @@ class Federation:
             self.grid.on_reply = answered
         replies = list(self.grid.send_and_receive(asked))
         checked = check_replies(asked, replies, self._clients, server_round)
-        sizes: dict[int, int] = {}
-        down = 0
-        for message in asked:
-            if id(message.content) not in sizes:
-                sizes[id(message.content)] = messages.nbytes(message.content)
-            down += sizes[id(message.content)]
-        up = sum(messages.nbytes(reply.content) for reply in replies if reply.has_content())
-        return checked.usable, checked.failures, (down, up)
+        # Most messages of a round share one content, which is measured once.
+        contents = {id(message.content): message.content for message in asked}
+        measured = {key: messages.nbytes(content) for key, content in contents.items()}
+        return _Answers(
+            server_round,
+            phase,
+            started,
+            len(asked),
+            checked.usable,
+            checked.failures,
+            bytes_down=sum(measured[id(message.content)] for message in asked),
+            bytes_up=sum(messages.nbytes(reply.content) for reply in replies if reply.has_content()),
+        )
 
     def _config(self) -> ConfigRecord:
         return ConfigRecord({"time-limit": self.params.time_limit} if self.params.time_limit else {})

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from flowerbed.clients.local_round import Metric
 from flowerbed.errors import RunError
+from flowerbed.models import evaluation
 from flowerbed.storage import Tensors
 
-COUNTS = ("num-examples", "correct-per-class", "total-per-class")
-"""Metrics that add up instead of being averaged."""
+SUMMED = ("num-examples", "steps", *evaluation.COUNTS)
+"""Metrics that add up instead of being averaged, under whatever prefix."""
 
 
 def weighted_mean(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
@@ -42,12 +43,12 @@ def weighted_mean(models: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
 
 def mean_metrics(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
-    """Return the example-weighted mean of scalar metrics and the sum of ``COUNTS``."""
+    """Return the example-weighted mean of scalar metrics and the sum of the ``SUMMED``."""
     weights = [scalar(r["num-examples"]) for r in replies]
     total = sum(weights) or 1.0
     result: dict[str, Metric] = {}
     for name, first in replies[0].items():
-        if name.endswith(COUNTS):
+        if name.endswith(SUMMED):
             result[name] = _added([r[name] for r in replies])
         elif not isinstance(first, list):
             weighted = [w * scalar(r[name]) for w, r in zip(weights, replies, strict=True)]
@@ -58,19 +59,19 @@ def mean_metrics(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
 def summed_evaluation(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     """Return the evaluation of all clients together, and how it spreads over clients.
 
-    ``accuracy`` and ``loss`` are over samples; ``accuracy-mean`` is the mean over the clients that have test
-    samples, ``accuracy-worst`` the lowest of them. The same for every predictor, under its prefix.
+    ``accuracy``, ``loss`` and the other ``evaluation.scores`` are over all clients' samples. ``accuracy-mean``,
+    ``accuracy-worst`` and the rest of ``evaluation.spread`` are over the clients that have test samples. The same
+    for every predictor, under its prefix.
     """
-    result: dict[str, Metric] = dict(mean_metrics(replies))
-    for name in [n for n in result if n.endswith("correct-per-class")]:
-        prefix = name.removesuffix("correct-per-class")
-        correct, total = _entries(result[name]), _entries(result[f"{prefix}total-per-class"])
-        accuracy = f"{prefix}accuracy"
-        result[accuracy] = sum(correct) / sum(total) if sum(total) else 0.0
-        per_client = [scalar(r[accuracy]) for r in replies if r["num-examples"]]
-        if per_client:
-            result[f"{accuracy}-mean"] = sum(per_client) / len(per_client)
-            result[f"{accuracy}-worst"] = min(per_client)
+    summed = dict(mean_metrics(replies))
+    result: dict[str, Metric] = {**summed, **evaluation.scores(summed)}
+    for name in summed:
+        if name.endswith("correct-per-class"):
+            accuracy = f"{name.removesuffix('correct-per-class')}accuracy"
+            per_client = [scalar(r[accuracy]) for r in replies if r["num-examples"]]
+            if per_client:
+                spread = evaluation.spread(per_client)
+                result.update({f"{accuracy}-{kind}": value for kind, value in spread.items()})
     return MetricRecord(result)
 
 

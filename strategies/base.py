@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,6 +19,9 @@ from flwr.serverapp.strategy import Strategy
 from flowerbed import messages
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import MODEL, Metric
+from flowerbed.clients.params import LocalParams
+from flowerbed.errors import ConfigError
+from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.registry import Registry
 from flowerbed.storage import TensorGroups, Tensors
@@ -72,6 +75,8 @@ class Setting:
     sampler: Sampler
     cohort: int = 0
     """Clients asked in a round (m); 0 means all."""
+    local: LocalParams = field(default_factory=LocalParams)
+    """The local training of every client."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,10 @@ class ServerTransform:
         """Return the model that follows, given the aggregated one and the number of replies in it."""
         return model
 
+    def metrics(self) -> Mapping[str, float]:
+        """Return what is to be reported with the round that was just aggregated."""
+        return {}
+
     def state_dict(self) -> Tensors:
         """Return everything that a resumed run needs."""
         return {}
@@ -131,6 +140,9 @@ class FederatedStrategy(Strategy):
     """The algorithm's frozen parameter dataclass."""
     Half: ClassVar[type[ClientHalf]] = ClientHalf
     """The client half."""
+    individual_replies: bool = False
+    """Whether the algorithm needs every reply as its client sent it (robust rules, stale starts), so that a
+    transform may not put their mean in their place."""
 
     def __init__(self, params: Any = None) -> None:
         """``params`` is an instance of ``Params``; by default its defaults."""
@@ -153,6 +165,18 @@ class FederatedStrategy(Strategy):
         """Return further streams to send beside the model, for example control variates."""
         return {}
 
+    def broadcast_evaluate(self, server_round: int) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Return further streams to send to the clients that evaluate."""
+        return {}
+
+    def deliver(self, model: Tensors) -> Tensors:
+        """Return the model that is evaluated and that the run delivers, given the one that training goes on with.
+
+        The place of post-processing (renormalised or re-trained heads). It uses no further data, leaves its
+        argument as it is, and may be called at any time.
+        """
+        return model
+
     def phases(self, rounds: int) -> list[Phase]:
         """Return the phases of a run of ``rounds`` training rounds."""
         return [Phase("train", rounds)]
@@ -160,6 +184,10 @@ class FederatedStrategy(Strategy):
     def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
         """Do server-side work before a phase (construction, data-free post-processing); return the model."""
         return model
+
+    def model_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Return the model to train, given the one that was asked for; override to give it another head."""
+        return spec
 
     def setup(self, setting: Setting) -> None:
         """Learn about the run; override to refuse settings that the algorithm cannot work with."""
@@ -173,6 +201,20 @@ class FederatedStrategy(Strategy):
         if self.setting is not None:
             return self.setting.info.parameters & model.keys()
         return frozenset(name for name, value in model.items() if value.is_floating_point())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the server's model is complete; with parts that stay at the clients it cannot be evaluated."""
+        return self.setting is None or not self.half.private(self.setting.info)
+
+    @property
+    def clients(self) -> int:
+        """The registered clients (N); raises ``ConfigError`` before ``setup``."""
+        if self.setting is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs to know how many clients there are; call setup() before the run."
+            )
+        return self.setting.clients
 
     # Flower's contract.
 
@@ -197,13 +239,26 @@ class FederatedStrategy(Strategy):
         if not usable:
             return None, None
         metrics = aggregation.mean_metrics([reply.metrics for reply in usable])
-        moving = self.parameters(self.current)
-        for transform in self.transforms:
-            usable = transform.replies(server_round, self.current, usable, moving)
+        usable = self.transformed(server_round, usable)
         # What stayed at home (private parameters) keeps its value on the server.
         model = {**self.current, **self.aggregate(server_round, self.current, usable)}
+        return self.finished(server_round, model, metrics, len(usable))
+
+    def transformed(self, server_round: int, replies: list[ClientReply]) -> list[ClientReply]:
+        """Return the replies as the transforms leave them."""
+        moving = self.parameters(self.current)
         for transform in self.transforms:
-            model = transform.model(server_round, self.current, model, len(usable), moving)
+            replies = transform.replies(server_round, self.current, replies, moving)
+        return replies
+
+    def finished(
+        self, server_round: int, model: Tensors, metrics: MetricRecord, replies: int
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Return an aggregated model and its metrics as the transforms leave them."""
+        moving = self.parameters(self.current)
+        for transform in self.transforms:
+            model = transform.model(server_round, self.current, model, replies, moving)
+            metrics.update(transform.metrics())
         return messages.array_record(model), metrics
 
     def configure_evaluate(
@@ -212,7 +267,10 @@ class FederatedStrategy(Strategy):
         """Ask the sampled nodes to evaluate the model on their own test data."""
         nodes = self._sampler.evaluate(server_round, list(grid.get_node_ids()))
         record = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
-        content = RecordDict({MODEL: self._shared(arrays), CONFIG: record})
+        content = RecordDict({MODEL: self._shared(arrays)})
+        for name, stream in self.broadcast_evaluate(server_round).items():
+            content[name] = messages.array_record(stream)
+        content[CONFIG] = record
         return [Message(content=content, dst_node_id=node, message_type="evaluate") for node in nodes]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -253,11 +311,16 @@ class FederatedStrategy(Strategy):
 def decode(message: Message) -> ClientReply:
     """Read a reply's records as tensors and metrics."""
     content = message.content
+    streams = {name: messages.tensors(record) for name, record in content.array_records.items()}
+    return ClientReply(message.metadata.src_node_id, streams, merged_metrics(content))
+
+
+def merged_metrics(content: RecordDict) -> dict[str, Metric]:
+    """Return the metrics of all metric records of a content together."""
     merged: dict[str, Metric] = {}
     for record in content.metric_records.values():
         merged.update(record)
-    streams = {name: messages.tensors(record) for name, record in content.array_records.items()}
-    return ClientReply(message.metadata.src_node_id, streams, merged)
+    return merged
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy")

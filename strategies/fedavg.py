@@ -18,23 +18,22 @@ from flowerbed.errors import require
 from flowerbed.storage import Tensors
 from flowerbed.strategies.aggregation import weighted_mean
 from flowerbed.strategies.base import STRATEGIES, ClientReply, FederatedStrategy
+from flowerbed.strategies.server_lr import ServerRate
 
 
 @dataclass(frozen=True)
-class FedAvgParams:
-    """Hyper-parameters of FedAvg's server."""
+class FedAvgParams(ServerRate):
+    """Hyper-parameters of FedAvg's server; with eta_s = 1 the mean replaces the model."""
 
     weighting: str = "examples"
     """examples: p_k proportional to n_k, as in the paper; uniform: every reply weighs the same."""
-    server_lr: float = 1.0
-    """eta_s; 1 replaces the model by the mean."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.weighting in ("examples", "uniform"),
             f"strategy.weighting is '{self.weighting}'; choose examples or uniform.",
         )
-        require(self.server_lr > 0, f"strategy.server_lr is {self.server_lr}; give a number above 0.")
 
 
 @STRATEGIES.register("fedavg")
@@ -45,9 +44,21 @@ class FedAvg(FederatedStrategy):
     params: FedAvgParams
 
     def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        weights = [r.examples if self.params.weighting == "examples" else 1.0 for r in replies]
-        mean = weighted_mean([r.model for r in replies], weights)
-        if self.params.server_lr == 1.0:
+        mean = weighted_mean([r.model for r in replies], self.weights(replies))
+        return self.step(server_round, current, mean)
+
+    def weights(self, replies: list[ClientReply]) -> list[float]:
+        """Return what each reply weighs in the mean (not normalised)."""
+        return [r.examples if self.params.weighting == "examples" else 1.0 for r in replies]
+
+    def step(self, server_round: int, current: Tensors, mean: Tensors) -> Tensors:
+        """Return the next model, given the broadcast one and the mean of the clients'."""
+        lr = self.server_lr(server_round)
+        if lr == 1.0:
             return mean
-        lr, moving = self.params.server_lr, self.parameters(current)
+        moving = self.parameters(current)
         return {n: current[n] + lr * (m - current[n]) if n in moving else m for n, m in mean.items()}
+
+    def server_lr(self, server_round: int) -> float:
+        """Return eta_s of this round."""
+        return self.params.server_lr_at(server_round, self.setting.rounds if self.setting else 0)

@@ -93,6 +93,7 @@ class FedBuff(FederatedStrategy):
 
     Params = FedBuffParams
     params: FedBuffParams
+    individual_replies = True
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import flwr.serverapp.strategy as flower
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -27,7 +27,8 @@ from flowerbed.clients.local_round import Extras, LocalRound
 from flowerbed.errors import ConfigError, RunError, unknown_name
 from flowerbed.registry import import_attribute
 from flowerbed.storage import TensorGroups, Tensors
-from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
+from flowerbed.strategies import aggregation
+from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting, decode, merged_metrics
 
 T = TypeVar("T")
 LOG = logging.getLogger("flwr")
@@ -45,6 +46,8 @@ UNFIT = {
     "DifferentialPrivacyClientSideAdaptiveClipping",
     "DifferentialPrivacyClientSideFixedClipping",
 }
+# These compare replies with each other.
+ROBUST = (flower.FedMedian, flower.FedTrimmedAvg, flower.Krum, flower.MultiKrum, flower.Bulyan)
 
 
 def flower_names() -> list[str]:
@@ -92,6 +95,7 @@ class FlowerStrategy(FederatedStrategy):
     def __init__(self, params: FlowerParams | None = None) -> None:
         super().__init__(params)
         self._class = _strategy_class(self.params.flower)
+        self.individual_replies = issubclass(self._class, ROBUST)
         self._inner: Strategy | None = None
         self._pending: TensorGroups = {}
 
@@ -115,10 +119,25 @@ class FlowerStrategy(FederatedStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        received = list(replies)
+        if self.transforms:
+            received = self._after_transforms(server_round, [r for r in received if r.has_content()])
         arrays, metrics = self._seeded(
-            "aggregate train", server_round, lambda s: s.aggregate_train(server_round, replies)
+            "aggregate train", server_round, lambda s: s.aggregate_train(server_round, received)
         )
-        return (None if arrays is None else messages.array_record(self._typed(arrays))), metrics
+        if arrays is None:
+            return None, metrics
+        return self.finished(server_round, self._typed(arrays), metrics or MetricRecord(), len(received))
+
+    def _after_transforms(self, server_round: int, replies: list[Message]) -> list[Message]:
+        """Give the messages the contents that the transforms make of them."""
+        transformed = self.transformed(server_round, [decode(message) for message in replies])
+        for message, reply in zip(replies, transformed, strict=True):
+            content = RecordDict({**message.content.metric_records, **message.content.config_records})
+            for name, stream in reply.streams.items():
+                content[name] = messages.array_record(stream)
+            message.content = content
+        return replies
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -135,13 +154,15 @@ class FlowerStrategy(FederatedStrategy):
         )
 
     def state_dict(self) -> TensorGroups:
-        groups: TensorGroups = {}
+        groups = super().state_dict()
         for owner, strategy in _chain(self.inner):
             for name, value in vars(strategy).items():
                 _collect(groups, f"{owner}{name}", value)
         return groups
 
     def load_state_dict(self, state: TensorGroups) -> None:
+        super().load_state_dict(state)
+        self.state = {}
         for owner, strategy in _chain(self.inner):
             for name, value in list(vars(strategy).items()):
                 setattr(strategy, name, _restored(state, f"{owner}{name}", value))
@@ -201,6 +222,9 @@ def _build(class_: type[Strategy], params: FlowerParams, counts: Mapping[str, in
         "min_available_nodes": clients,
         # The name under which our clients report the mean training loss.
         "train_loss_key": "loss",
+        # Flower's own would average counts and steps, which must add up.
+        "train_metrics_aggr_fn": _train_metrics,
+        "evaluate_metrics_aggr_fn": _evaluation_metrics,
     }
     if "strategy" in inspect.signature(class_.__init__).parameters:
         inner = FlowerParams(flower=params.inner or "FedAvg")
@@ -218,6 +242,14 @@ def _build(class_: type[Strategy], params: FlowerParams, counts: Mapping[str, in
         raise ConfigError(
             f"Flower's {class_.__name__} refused its options ({error}); set them with strategy.options."
         ) from error
+
+
+def _train_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
+    return aggregation.mean_metrics([merged_metrics(content) for content in contents])
+
+
+def _evaluation_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
+    return aggregation.summed_evaluation([merged_metrics(content) for content in contents])
 
 
 def _chain(strategy: Strategy) -> list[tuple[str, Strategy]]:

@@ -1,12 +1,13 @@
 """What one client message costs beside the training: CPU and wall milliseconds of clients that do nothing.
 
-A client loads the received weights into a state dict and returns them. Compared are a bare loop (the copies
-that nobody can avoid), the in-process grid, the Ray grid, and Flower's own ``run_simulation``, all under the
-stock ``FedAvg.start`` except the bare loop, which averages by hand. Every case runs in its own process;
-CPU time is that of its whole process tree (Ray's daemons and workers too), the first round is left out.
+A client loads the received weights into a state dict and returns them; the server averages. Compared are a
+bare loop (the copies that nobody can avoid), the in-process grid and the Ray grid with a client written with
+``flowerbed.messages``, and Flower's own ``run_simulation`` with the same client as Flower's documentation
+writes it, on ``ArrayRecord(state_dict)``. The cases ``...-fedavg`` run one unmodified Flower app (that client
+and stock ``FedAvg.start``) on the three runtimes, so they also count what FedAvg costs.
 
-Flower's simulation runs the client as Flower's documentation writes it, on ``ArrayRecord(state_dict)``. The
-grids run both that client ("stock client") and the same one written with ``flowerbed.messages``.
+Every case runs in its own process; CPU time is that of its whole process tree (Ray's daemons and workers
+too); the first round is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -40,7 +41,7 @@ COHORT = 10
 WORKERS = 2
 # Parameters in millions -> number of tensors: a small model, a mid-size one, and a ResNet-18.
 SIZES = {"10k": (10_000, 8), "1M": (1_000_000, 8), "11M": (11_000_000, 99)}
-CASES = ("bare", "inprocess", "ray", "inprocess-stock-client", "ray-stock-client", "flower")
+CASES = ("bare", "inprocess", "ray", "flower", "inprocess-fedavg", "ray-fedavg", "flower-fedavg")
 BARS = (
     ("ray", "flower", "1M", "cpu_ms", 1 / 4),
     ("ray", "flower", "10k", "wall_ms", 1 / 20),
@@ -74,7 +75,7 @@ def client_factory(stock: bool) -> Callable[[], ClientApp]:
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
-            record = message.content["arrays"]
+            record = cast(ArrayRecord, message.content["arrays"])
             received = record.to_torch_state_dict() if stock else tensors(record)
             for name, value in received.items():
                 # A model that stays in the worker, loaded as load_state_dict does.
@@ -91,36 +92,64 @@ def client_factory(stock: bool) -> Callable[[], ClientApp]:
     return factory
 
 
-class Clock(FedAvg):
-    """Stock FedAvg that notes the time and the CPU time of the process tree after each round."""
+class Meter:
+    """Wall and CPU time between the end of the first and the end of the last round."""
 
-    def __init__(self) -> None:
-        """Sample ``COHORT`` of ``CLIENTS`` and do not evaluate."""
+    def __init__(self, rounds: int) -> None:
+        """``rounds``: the number of the last round, counted from one."""
+        self.rounds = rounds
+        self.marks: list[tuple[float, float]] = []
+
+    def after(self, round_: int, replies: Sequence[Message]) -> None:
+        """Take the time if it is due; raise ``RuntimeError`` if a client failed: costs mean nothing then."""
+        if len(replies) != COHORT or any(reply.has_error() for reply in replies):
+            raise RuntimeError(f"a benchmark client failed: {replies}")
+        if round_ in (1, self.rounds):
+            # Reading the CPU time of the tree costs milliseconds itself, so not after every round.
+            cpu = tree_cpu_seconds()
+            self.marks.append((time.perf_counter(), cpu))
+
+    def cost(self, case: str, size: str) -> Cost:
+        """Return the mean cost of a message after the first round."""
+        (wall0, cpu0), (wall1, cpu1) = self.marks
+        per_message = 1000.0 / (COHORT * (self.rounds - 1))
+        return Cost(case, size, (cpu1 - cpu0) * per_message, (wall1 - wall0) * per_message, self.rounds - 1)
+
+
+class MeteredFedAvg(FedAvg):
+    """Stock FedAvg on a cohort of ``COHORT``, without evaluation, with a meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        """Configure Flower's sampling for exactly the cohort."""
         super().__init__(
             fraction_train=COHORT / CLIENTS,
             fraction_evaluate=0.0,
             min_train_nodes=COHORT,
             min_available_nodes=CLIENTS,
         )
-        self.marks: list[tuple[float, float, int]] = []
+        self.meter = meter
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        """Aggregate, then take the time; fail if a client did, for then the costs mean nothing."""
+        """Aggregate as FedAvg does, then take the time."""
         replies = list(replies)
         result = super().aggregate_train(server_round, replies)
-        if any(reply.has_error() for reply in replies):
-            raise RuntimeError(f"a benchmark client failed: {replies}")
-        self.marks.append((time.perf_counter(), tree_cpu_seconds(), len(replies)))
+        self.meter.after(server_round, replies)
         return result
 
-    def cost(self, case: str, size: str) -> Cost:
-        """Return the mean cost of a message after the first round."""
-        messages = sum(count for _, _, count in self.marks[1:])
-        (wall0, cpu0, _), (wall1, cpu1, _) = self.marks[0], self.marks[-1]
-        per_message = 1000.0 / messages
-        return Cost(
-            case, size, (cpu1 - cpu0) * per_message, (wall1 - wall0) * per_message, len(self.marks) - 1
-        )
+
+def serve_mean(grid: Grid, state: dict[str, torch.Tensor], meter: Meter) -> None:
+    """Send the weights to a cohort and average the replies, as the bare loop does, round after round."""
+    while len(nodes := sorted(grid.get_node_ids())) < CLIENTS:
+        time.sleep(0.1)  # Flower's simulation registers its nodes while the server already runs.
+    for round_ in range(1, meter.rounds + 1):
+        content = RecordDict({"arrays": array_record(state)})
+        cohort = [nodes[(round_ * COHORT + i) % CLIENTS] for i in range(COHORT)]
+        replies = list(grid.send_and_receive([Message(content, node, "train") for node in cohort]))
+        state = {name: torch.zeros_like(value) for name, value in state.items()}
+        for reply in replies:
+            for name, value in tensors(cast(ArrayRecord, reply.content["arrays"])).items():
+                state[name].add_(value, alpha=1 / COHORT)
+        meter.after(round_, replies)
 
 
 def tree_cpu_seconds() -> float:
@@ -173,14 +202,18 @@ def measure(case: str, size: str, rounds: int) -> Cost:
     torch.set_num_threads(1)
     if case == "bare":
         return measure_bare(size, rounds)
-    stock = case not in ("inprocess", "ray")
-    strategy, start = Clock(), ArrayRecord(weights(size))
-    factory = client_factory(stock)
+    runtime, _, app = case.partition("-")
+    meter = Meter(rounds + 1)
+    factory = client_factory(stock=runtime == "flower" or app == "fedavg")
 
     def serve(grid: Grid) -> None:
-        strategy.start(grid=grid, initial_arrays=start, num_rounds=rounds + 1)
+        if app == "fedavg":
+            arrays = ArrayRecord(weights(size))
+            MeteredFedAvg(meter).start(grid=grid, initial_arrays=arrays, num_rounds=meter.rounds)
+        else:
+            serve_mean(grid, weights(size), meter)
 
-    if case == "flower":
+    if runtime == "flower":
         from flwr.simulation import run_simulation
 
         server = ServerApp()
@@ -196,13 +229,13 @@ def measure(case: str, size: str, rounds: int) -> Cost:
         )
     else:
         grid: SimulationGrid
-        if case.startswith("ray"):
+        if runtime == "ray":
             grid = RayGrid(factory, CLIENTS, workers=WORKERS)
         else:
             grid = InProcessGrid(factory, CLIENTS)
         with grid:
             serve(grid)
-    return strategy.cost(case, size)
+    return meter.cost(case, size)
 
 
 def run(
@@ -212,7 +245,7 @@ def run(
 
     Raises ``RuntimeError`` with the child's last words if a case fails.
     """
-    rounds = rounds or {"10k": 20, "1M": 10, "11M": 4}
+    rounds = rounds or {"10k": 100, "1M": 20, "11M": 5}
     costs = []
     for size in sizes:
         for case in cases:
@@ -235,11 +268,13 @@ def table(costs: Sequence[Cost]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for cost in costs:
-        bare, flower = found.get(("bare", cost.size)), found.get(("flower", cost.size))
+        app = "".join(cost.case.partition("-")[1:])
+        bare, flower = found.get(("bare", cost.size)), found.get(("flower" + app, cost.size))
+        over_bare = f"{cost.cpu_ms / bare.cpu_ms:.3g}" if bare else "-"
+        cpu = f"{cost.cpu_ms / flower.cpu_ms:.3g}" if flower else "-"
+        wall = f"{cost.wall_ms / flower.wall_ms:.3g}" if flower else "-"
         lines.append(
-            f"| {cost.size} | {cost.case} | {cost.cpu_ms:.3g} | {cost.wall_ms:.3g} "
-            f"| {_ratio(cost.cpu_ms, bare and bare.cpu_ms)} | {_ratio(cost.cpu_ms, flower and flower.cpu_ms)} "
-            f"| {_ratio(cost.wall_ms, flower and flower.wall_ms)} |"
+            f"| {cost.size} | {cost.case} | {cost.cpu_ms:.3g} | {cost.wall_ms:.3g} | {over_bare} | {cpu} | {wall} |"
         )
     return "\n".join(lines)
 
@@ -289,10 +324,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.with_suffix(".md").write_text(report)
     print(document if arguments.json else report)
     return int(any(sentence.endswith("MISSED") for sentence in sentences))
-
-
-def _ratio(value: float, reference: float | None) -> str:
-    return f"{value / reference:.3g}" if reference else "-"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ that the client that kills workers is known; after its second kill it is quarant
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -48,6 +49,15 @@ MAX_KILLS: Final = 2
 # How often in a row a worker may die before it is ready, and how long all of them may wait for a place.
 MAX_FAILED_STARTS: Final = 3
 START_SECONDS: Final = 300.0
+
+# For a runtime of our own. By default Ray frees shared memory once a second or a hundred objects at a time:
+# with whole models as objects, every round then writes to fresh memory, and the page faults cost more than
+# the copies. And replies of up to a megabyte travel faster with the answer than through shared memory.
+RUNTIME_CONFIG: Final = {
+    "free_objects_batch_size": 1,
+    "free_objects_period_milliseconds": 100,
+    "max_direct_call_object_size": 1 << 20,
+}
 
 _own_runtime = False
 
@@ -341,11 +351,11 @@ class RayGrid(SimulationGrid):
         }
         for node in nodes:
             self._state_at[node] = worker
-        outcomes, changed = worker.actor.run.options(num_returns=2).remote(
+        answer = worker.actor.run.remote(
             calls, [shared.packed for shared in small], states, *(shared.packed for shared in large)
         )
         limit = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
-        worker.call = _Call(tasks, outcomes, changed, limit)
+        worker.call = _Call(tasks, answer, limit)
 
     # Answers, from the workers to the replies.
 
@@ -393,8 +403,7 @@ class RayGrid(SimulationGrid):
     def _finish_call(self, worker: _Worker, call: _Call) -> None:
         worker.call = None
         try:
-            outcomes: list[Outcome] = self._ray.get(call.outcomes)
-            changed: dict[int, PackedContent] | None = self._ray.get(call.changed)
+            answer: tuple[list[Outcome], dict[int, PackedContent]] = self._ray.get(call.answer)
         except self._ray.exceptions.RayTaskError as error:
             # The worker lives: something in the call could not be sent, in either direction.
             self._call_failed(call, flower_compat.CLIENT_RAISED, str(error.cause or error), kill=False)
@@ -406,21 +415,24 @@ class RayGrid(SimulationGrid):
                 call, flower_compat.CLIENT_CRASHED, f"WorkerDied: {_headline(error)}", kill=True
             )
             return
-        if changed is not None:
-            self._states.update(changed)
+        outcomes, changed = answer
+        # Copied, for a view would keep the whole answer in shared memory as long as the state lives.
+        self._states.update(copy.deepcopy(changed))
+        replies = []
         for task, outcome in zip(call.tasks, outcomes, strict=True):
             self._kills.pop(task.node_id, None)
-            self._finish_task(task, outcome)
-
-    def _finish_task(self, task: _Task, outcome: Outcome) -> None:
-        if outcome.content is None:
-            code, reason = outcome.error or (0, None)
-            self._answer(task.message, Error(code, reason))
-            return
-        content = unpack_content(outcome.content)
-        kind = task.message.metadata.message_type
-        self._pace.setdefault(kind, _Pace()).observe(outcome.seconds, nbytes(content))
-        self._answer(task.message, content)
+            if outcome.content is not None:
+                replies.append(unpack_content(outcome.content))
+                self._answer(task.message, replies[-1])
+            else:
+                self._answer(task.message, Error(*(outcome.error or (0, None))))
+        if replies:
+            seconds = sum(outcome.seconds for outcome in outcomes if outcome.content is not None) / len(
+                replies
+            )
+            size = sum(map(nbytes, replies)) / len(replies)
+            kind = call.tasks[0].message.metadata.message_type
+            self._pace.setdefault(kind, _Pace(seconds, size)).observe(seconds, size)
 
     def _call_failed(self, call: _Call, code: int, reason: str, *, kill: bool) -> None:
         """Run the clients of a failed call again, each alone; if there is but one, judge it."""
@@ -498,8 +510,7 @@ class _Call:
     """A remote call under way; ``limit`` is the monotonic time at which it is overdue."""
 
     tasks: list[_Task]
-    outcomes: Any
-    changed: Any
+    answer: Any
     limit: float
 
 
@@ -522,22 +533,22 @@ class _Worker:
     @property
     def pending(self) -> Any:
         """The reference that resolves when this worker has news, if any."""
-        return self.call.outcomes if self.call is not None else self.ready
+        return self.call.answer if self.call is not None else self.ready
 
 
 @dataclasses.dataclass
 class _Pace:
-    """Running means, over the last dozen or so clients, of the seconds and reply bytes of one."""
+    """What a client of late has cost, in seconds and in bytes of its reply: running means over calls.
 
-    seconds: float = 0.0
-    reply_bytes: float = 0.0
-    count: int = 0
+    They forget fast, because the first calls of a worker load libraries and data and say nothing about later.
+    """
 
-    def observe(self, seconds: float, reply_bytes: int) -> None:
-        self.count += 1
-        weight = max(1.0 / self.count, 0.1)
-        self.seconds += weight * (seconds - self.seconds)
-        self.reply_bytes += weight * (reply_bytes - self.reply_bytes)
+    seconds: float
+    reply_bytes: float
+
+    def observe(self, seconds: float, reply_bytes: float) -> None:
+        self.seconds += 0.5 * (seconds - self.seconds)
+        self.reply_bytes += 0.5 * (reply_bytes - self.reply_bytes)
 
 
 @functools.cache
@@ -552,7 +563,8 @@ def _start_runtime(ray: Any, address: str | None, workers: int) -> None:
             # Ray announces that workers without a GPU share will one day see all GPUs.
             warnings.simplefilter("ignore", FutureWarning)
             if address is None:
-                ray.init(num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False, **quiet)
+                processors = max(workers, os.cpu_count() or 1)
+                ray.init(num_cpus=processors, include_dashboard=False, _system_config=RUNTIME_CONFIG, **quiet)
             else:
                 ray.init(address=address, **quiet)
     except ConnectionError as error:

@@ -56,8 +56,8 @@ class ClientWorker:
         small: list[PackedRecord],
         states: dict[int, PackedContent],
         *large: PackedRecord,
-    ) -> tuple[list[Outcome], dict[int, PackedContent] | None]:
-        """Run ``calls`` and return their outcomes, and the states that they changed (``None`` if none).
+    ) -> tuple[list[Outcome], dict[int, PackedContent]]:
+        """Run ``calls`` and return their outcomes, and the states that they changed.
 
         The table of records is ``small`` followed by ``large``, whose values are in shared memory. ``states``
         are those of nodes that last ran elsewhere.
@@ -76,7 +76,7 @@ class ClientWorker:
             after = runner.states.get(node_id)
             if after is not None and after is not before and after != before:
                 changed[node_id] = pack_content(after)
-        return outcomes, changed or None
+        return outcomes, changed
 
 
 def _run_one(

@@ -57,6 +57,6 @@ def test_reaches_every_offset_and_both_mirrorings() -> None:
 def test_registry_and_refusal() -> None:
     batch = torch.zeros(2, 3)
     assert AUGMENTATIONS.get("none")(batch, torch.Generator()) is batch
-    assert AUGMENTATIONS.names() == ["flip_crop", "none"]
+    assert {"flip_crop", "none"} <= set(AUGMENTATIONS.names())
     with pytest.raises(ConfigError, match="B, C, H, W"):
         AUGMENTATIONS.get("flip_crop")(batch, torch.Generator())

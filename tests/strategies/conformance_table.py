@@ -13,5 +13,32 @@ CASES = {
         Case("fedbuff", settings={"federation": {"cohort": 2}}, one_client_is_central=False),
         # Flower weighs in float32, w * (n / n): exact for one client, and it draws no one.
         Case("flower", settings={"strategy": {"name": "flower", "flower": "FedAdam"}}, one_client_is_central=False),
+        # Personalised: with private parts the server's model is no central one.
+        Case("local", one_client_is_central=False),
+        Case("finetune", {"tune_epochs": 1}),
+        Case("fedper", one_client_is_central=False),
+        Case("fedrep", {"head_epochs": 2}, one_client_is_central=False),
+        Case("fedbabu", {"tune_epochs": 1}, one_client_is_central=False),
+        Case("fedbn", settings={"model": {"name": "resnet8", "norm": "bn"}}, one_client_is_central=False),
+        Case("ditto"),
+        Case("apfl"),
+        Case("fedproto", one_client_is_central=False),
+        # These train on another loss than the cross entropy.
+        Case("fedrod", one_client_is_central=False),
+        Case("pfedme", {"K": 2, "eta": 0.02}, one_client_is_central=False),
+        Case("per_fedavg", one_client_is_central=False),
+        Case("logit_adjustment", {"prior": "global"}, one_client_is_central=False),
+        Case("fedetf", {"alternations": 1, "alternate_epochs": 1}, one_client_is_central=False),
+        # These deliver FedAvg's model with another head.
+        Case("tau_norm", one_client_is_central=False),
+        Case("creff", {"m": 5, "match_steps": 5, "head_epochs": 5}, one_client_is_central=False),
+        # Robust: with one client there is nothing to compare, so f = 0 where that is allowed at all.
+        Case("median", {"f": 0}),
+        Case("trimmed_mean", {"f": 0}),
+        Case("krum", settings={"federation": {"cohort": 5}}, one_client_is_central=False),
+        Case("multi_krum", settings={"federation": {"cohort": 5}}, one_client_is_central=False),
+        Case("bulyan", settings={"federation": {"clients": 8, "cohort": 7}}, one_client_is_central=False),
+        Case("norm_bounding", {"M": 100.0}),
+        Case("centered_clipping", {"f": 0}, one_client_is_central=False),
     )
 }

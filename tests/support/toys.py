@@ -84,6 +84,12 @@ def with_half(strategy: FederatedStrategy, half: ClientHalf) -> FederatedStrateg
     return strategy
 
 
+def on_quadratics(strategy: FederatedStrategy) -> FederatedStrategy:
+    """Let the strategy's own client half train on the quadratics."""
+    half = type("OnQuadratics", (QuadraticHalf, type(strategy.half)), {})
+    return with_half(strategy, half(strategy.params))
+
+
 def quadratic_federation(
     strategy: FederatedStrategy,
     rounds: int,
@@ -99,7 +105,7 @@ def quadratic_federation(
     partition = Partition.from_owners(list(owners), clients)
     spec = ModelSpec("toys:Scalar", dataset.input_shape, 1)
     module = spec.build(0)
-    strategy.setup(Setting(0, clients, rounds, ModelInfo.of(module), UniformSampler(0, cohort), cohort))
+    strategy.setup(Setting(0, clients, rounds, ModelInfo.of(module), UniformSampler(0, cohort), cohort, local))
     kept = store or MemoryStore()
     client = ClientSpec(0, rounds, strategy.half, spec, dataset, partition, None, local, kept, "cpu")
     params = FederationParams(clients=clients, cohort=cohort, rounds=rounds)

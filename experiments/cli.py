@@ -1,0 +1,135 @@
+"""The ``flowerbed`` command. Importing this module is cheap; what a command needs it imports itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowerbed import __version__
+from flowerbed.errors import ConfigError, FlowerbedError, unknown_name
+
+EPILOG = """\
+examples:
+  flowerbed simulate                                train on scikit-learn's digits, in this process
+  flowerbed simulate --help                         every group and key, with defaults
+  flowerbed simulate dataset=cifar10 partition=dirichlet partition.alpha=0.3 \\
+      model=resnet8 model.norm=gn federation.clients=100 federation.cohort=10 \\
+      grid=ray grid.workers=4 run.dir=runs/cifar    100 clients on four Ray actors
+  flowerbed simulate -m seed=0,1,2                  a sweep
+  flowerbed resume runs/cifar federation.rounds=80  go on after the newest checkpoint
+  flowerbed show runs/cifar                         what came out
+  flowerbed list models 'resnet*'                   what there is to choose
+
+FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
+Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
+"""
+LISTS = ("models", "strategies", "datasets", "partitions")
+BENCHMARKS = ("overhead",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (by default the process's); return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    # Wherever it stands: argparse would take no pattern after it, and Hydra does not know it.
+    arguments = [text for text in arguments if text != "--json"]
+    try:
+        # What follows these two is Hydra's grammar, or the benchmark's own.
+        if arguments[:1] == ["simulate"]:
+            from flowerbed.experiments.launch import simulate
+
+            return simulate(arguments[1:], as_json)
+        if arguments[:1] == ["bench"]:
+            return _bench(arguments[1:], as_json)
+        return _dispatch(_parser().parse_args(arguments), as_json)
+    except FlowerbedError as error:
+        from flowerbed.experiments.failure import describe, exit_code
+
+        print(describe(error), file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowerbed",
+        description="Federated-learning simulation.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flowerbed {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser(
+        "simulate", add_help=False, help="run a federation, or a sweep of them: simulate [KEY=VALUE ...] [-m]"
+    )
+    resume = commands.add_parser("resume", help="go on with a run after its newest checkpoint")
+    resume.add_argument("directory", type=Path, metavar="DIR")
+    resume.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
+    )
+    listing = commands.add_parser("list", help="list models, strategies, datasets or partitions")
+    listing.add_argument("kind", choices=LISTS)
+    listing.add_argument(
+        "pattern", nargs="?", default="*", help="glob on the names, e.g. 'resnet*' or 'timm:*'"
+    )
+    show = commands.add_parser("show", help="show the summary of a run or a sweep")
+    show.add_argument("directory", type=Path, metavar="DIR")
+    commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead [--help]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
+    return parser
+
+
+def _dispatch(asked: argparse.Namespace, as_json: bool) -> int:
+    if asked.command == "resume":
+        from flowerbed.experiments.launch import resume
+
+        return resume(asked.directory, asked.overrides, as_json)
+    if asked.command == "list":
+        return _list(asked.kind, asked.pattern, as_json)
+    return _show(asked.directory, as_json)
+
+
+def _list(plural: str, pattern: str, as_json: bool) -> int:
+    from flowerbed.experiments import listing
+
+    kind = listing.PLURALS[plural]
+    found = listing.things(kind, pattern)
+    print(json.dumps(listing.plain(found), indent=1) if as_json else listing.text(kind, found))
+    return 0
+
+
+def _show(directory: Path, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from flowerbed.experiments import report
+
+    jobs = report.read_jobs(directory)
+    if jobs:
+        print(json.dumps([asdict(job) for job in jobs], indent=1) if as_json else report.jobs_table(jobs))
+        return 0
+    summary = report.read_summary(directory)
+    print(json.dumps(summary, indent=1) if as_json else report.screen(directory, summary))
+    return 0
+
+
+def _bench(arguments: list[str], as_json: bool) -> int:
+    import importlib
+
+    name = arguments[0] if arguments else ""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"{unknown_name('benchmark', name, BENCHMARKS)} Use: flowerbed bench NAME [--help]")
+    benchmark = importlib.import_module(f"flowerbed.experiments.benchmarks.{name}")
+    return int(benchmark.main([*arguments[1:], *(["--json"] if as_json else [])]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Hydra finds this folder as a package of configurations by exactly this file."""

@@ -1,0 +1,192 @@
+"""Runs as a person reads them: one line at the end, one screen later, one table for a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flowerbed.errors import ConfigError
+from flowerbed.experiments.failure import first_line
+from flowerbed.experiments.progress import duration
+from flowerbed.server.callbacks import SERVER, MetricsLog
+
+JOBS = "jobs.jsonl"
+GOOD = ("completed", "stopped")
+"""The states of a run that is whole."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int
+    overrides: list[str]
+    directory: str
+    status: str
+    reason: str = ""
+    accuracy: float | None = None
+    loss: float | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, number: int, overrides: Sequence[str], directory: Path, error: str | None) -> Job:
+        """Describe a run that has just ended, from its summary or the error that kept it from starting."""
+        try:
+            summary = read_summary(directory)
+        except ConfigError:
+            return cls(number, list(overrides), str(directory), "failed", error or "it left no summary")
+        final = summary["final"]
+        return cls(
+            number,
+            list(overrides),
+            str(directory),
+            summary["status"] if error is None else "failed",
+            error or summary["reason"],
+            final.get("accuracy"),
+            final.get("loss"),
+            summary["wall_seconds"],
+        )
+
+
+def write_job(folder: Path, job: Job) -> None:
+    """Add a job to its sweep's table; jobs may run in several processes."""
+    with open(folder / JOBS, "a") as file:
+        file.write(json.dumps(asdict(job)) + "\n")
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """Return the jobs of a sweep in the order of their numbers; [] if there are none."""
+    path = folder / JOBS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sorted((Job(**json.loads(line)) for line in lines), key=lambda job: job.number)
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """Return a run's summary; for a run that has not ended, what its metrics say so far.
+
+    Raises ``ConfigError`` if there is no run.
+    """
+    path = directory / "summary.json"
+    if path.exists():
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary
+    if not (directory / "config.yaml").exists():
+        raise ConfigError(f"{directory} holds no run: neither summary.json nor config.yaml is there.")
+    records = MetricsLog(directory / "metrics.jsonl").records()
+    evaluations = [r.metrics for r in records if r.phase == SERVER]
+    final = {k: v for k, v in evaluations[-1].items() if not isinstance(v, list)} if evaluations else {}
+    return {
+        "status": "unfinished",
+        "reason": f"it is running, or was killed; go on with: flowerbed resume {directory}",
+        "rounds": max((r.round for r in records), default=0),
+        "final": final,
+        "failures": {"total": sum(r.failed for r in records), "by_kind": {}},
+        "wall_seconds": sum(r.seconds for r in records),
+    }
+
+
+def ending(directory: Path, summary: Mapping[str, Any]) -> str:
+    """Return the few lines that end a run on the screen."""
+    lines = [f"{summary['status']}: {_result(summary)}"]
+    if summary["status"] == "stopped":
+        lines[0] += f" ({summary['reason']})"
+    failures = summary["failures"]
+    if failures["total"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in failures["by_kind"].items())
+        lines.append(f"client failures: {failures['total']} ({kinds})")
+    pictures = sorted(path.name for path in (directory / "figures").glob("*.png"))
+    files = ["summary.json", "metrics.jsonl", *(["model.safetensors"] if _has_model(directory) else [])]
+    if pictures:
+        files.append(f"figures/{{{','.join(pictures)}}}" if len(pictures) > 1 else f"figures/{pictures[0]}")
+    lines.append(f"files:   {directory}/ ({', '.join(files)})")
+    lines.append(f"look:    flowerbed show {directory}")
+    if summary["status"] not in GOOD and any((directory / "checkpoints").glob("round-*")):
+        lines.append(f"go on:   flowerbed resume {directory}")
+    return "\n".join(lines)
+
+
+def screen(directory: Path, summary: Mapping[str, Any]) -> str:
+    """Return a run's summary as one table."""
+    final, failures = summary["final"], summary["failures"]
+    rows: list[tuple[str, str]] = [("directory", str(directory)), ("status", summary["status"])]
+    if summary["reason"]:
+        rows.append(("reason", first_line(summary["reason"])))
+    rows.append(("rounds", str(summary["rounds"])))
+    rows += [(f"final {name}", _number(value)) for name, value in final.items()]
+    for key, means in summary.items():
+        if key.startswith("mean_of_last_"):
+            rows += [
+                (f"{name}, {key.replace('_', ' ')}", _number(value))
+                for name, value in means.items()
+                if name in ("accuracy", "loss")
+            ]
+    rows += [(f"clients' {name}", _number(value)) for name, value in summary.get("clients", {}).items()]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in failures["by_kind"].items())
+    rows.append(("client failures", f"{failures['total']}{f' ({kinds})' if kinds else ''}"))
+    if "bytes" in summary:
+        down, up = summary["bytes"]["down"], summary["bytes"]["up"]
+        rows.append(("payload", f"{_size(down)} to clients, {_size(up)} from clients"))
+    rows.append(("wall time", duration(summary["wall_seconds"])))
+    for key, label in (
+        ("peak_memory_mib", "peak memory (MiB)"),
+        ("seed", "seed"),
+        ("config_hash", "config hash"),
+    ):
+        if key in summary:
+            rows.append((label, str(summary[key])))
+    if summary.get("git_commit"):
+        rows.append(("git commit", summary["git_commit"]))
+    if "versions" in summary:
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items())))
+    return table(rows)
+
+
+def jobs_table(jobs: Sequence[Job]) -> str:
+    """Return a sweep as one table."""
+    rows = [("job", "overrides", "status", "accuracy", "loss", "seconds", "directory")]
+    for job in jobs:
+        status = (
+            job.status if job.status in GOOD or not job.reason else f"{job.status}: {first_line(job.reason)}"
+        )
+        numbers = (_number(job.accuracy), _number(job.loss), _number(job.seconds))
+        overrides = " ".join(job.overrides) or "(none)"
+        rows.append((str(job.number), overrides, status, *numbers, job.directory))
+    return table(rows, header=True)
+
+
+def table(rows: Iterable[Sequence[str]], header: bool = False) -> str:
+    """Return rows as aligned columns; the last column may be as long as it likes."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
+    if header and cells:
+        cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    final = [
+        f"{name} {_number(summary['final'][name])}"
+        for name in ("accuracy", "loss")
+        if name in summary["final"]
+    ]
+    took = f"{summary['rounds']} rounds in {duration(summary['wall_seconds'])}"
+    return f"{', '.join(final)} after {took}" if final else took
+
+
+def _has_model(directory: Path) -> bool:
+    return (directory / "model.safetensors").exists()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,112 @@
+"""What the configuration puts between clients, algorithm and server: privacy, and dishonest clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flowerbed.clients.app import ClientSpec, choose_device
+from flowerbed.clients.byzantine import attack_transforms, byzantine_clients, make_trigger
+from flowerbed.clients.privacy import LocalPrivacy
+from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
+from flowerbed.clients.transforms import ClientTransform
+from flowerbed.datasets.dataset import Dataset
+from flowerbed.errors import require
+from flowerbed.experiments.config import Simulation
+from flowerbed.models import evaluation
+from flowerbed.models.info import ModelInfo
+from flowerbed.server.grids.base import FIRST_NODE_ID
+from flowerbed.server.loop import ServerEvaluator
+from flowerbed.storage import Tensors
+from flowerbed.strategies.base import FederatedStrategy, ServerTransform
+from flowerbed.strategies.collusion import InnerProductManipulation
+from flowerbed.strategies.privacy import CentralPrivacy, LocalLedger
+
+
+def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientTransform, ...]:
+    """Return every client's transforms; byzantine ones come last, since they need not keep to the others."""
+    privacy, byzantine = simulation.privacy, simulation.byzantine
+    members = byzantine_clients(byzantine, simulation.federation.clients, simulation.seed)
+    honest = (LocalPrivacy(privacy.clip, privacy.noise),) if privacy.mode == "local" else ()
+    return (*honest, *attack_transforms(byzantine, members, dataset, simulation.seed))
+
+
+def server_transforms(
+    simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo
+) -> tuple[ServerTransform, ...]:
+    """Return what stands before the algorithm; raises ``ConfigError`` for what privacy cannot protect.
+
+    Byzantine clients that collude come first: what they forge is what arrives.
+    """
+    federation, byzantine, privacy = simulation.federation, simulation.byzantine, simulation.privacy
+    found: list[ServerTransform] = []
+    if byzantine.attack == INNER_PRODUCT:
+        members = byzantine_clients(byzantine, federation.clients, simulation.seed)
+        found.append(InnerProductManipulation(frozenset(FIRST_NODE_ID + k for k in members), byzantine.scale))
+    if privacy.mode != "none":
+        _require_protectable(simulation, strategy, info)
+    if privacy.mode == "central":
+        asked = math.ceil(federation.wanted * (1 + federation.oversample))
+        cohort = min(asked, federation.clients)
+        found.append(CentralPrivacy(privacy, simulation.seed, federation.clients, cohort))
+    if privacy.mode == "local":
+        found.append(LocalLedger(privacy))
+    return tuple(found)
+
+
+def _require_protectable(simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo) -> None:
+    name, mode = simulation.strategy.name, simulation.privacy.mode
+    require(
+        mode == "local" or not strategy.individual_replies,
+        f"privacy.mode=central gives the algorithm one noisy mean in place of the replies, and strategy '{name}' "
+        "needs each of them; use privacy.mode=local or another strategy.",
+    )
+    asked = [phase.name for phase in strategy.phases(1) if phase.message_type != "train"]
+    require(
+        not asked,
+        f"privacy.mode={mode} protects updates, and strategy '{name}' also asks clients for statistics (phase "
+        f"{asked[:1]}); choose another strategy.",
+    )
+    sent = info.roles.keys() - info.parameters - strategy.half.private(info)
+    require(
+        not sent or simulation.privacy.allow_buffers,
+        f"privacy.mode={mode} does not protect the statistics of normalisation layers ({min(sent, default='')} and "
+        "others); use a model without them (norm=gn), or accept it with privacy.allow_buffers=true.",
+    )
+    require(
+        mode == "central" or not simulation.federation.oversample,
+        "privacy.mode=local counts the replies that are used; federation.oversample lets clients send others, so "
+        "set it to 0.",
+    )
+
+
+def with_backdoor_success(
+    evaluate: ServerEvaluator, simulation: Simulation, spec: ClientSpec
+) -> ServerEvaluator:
+    """Add to the server's evaluation how often the backdoor works, as ``backdoor-success``.
+
+    It is the share of the test images of other classes that, with the trigger, are taken for the target. Without
+    a backdoor attack ``evaluate`` is returned as it is.
+    """
+    if simulation.byzantine.attack != BACKDOOR:
+        return evaluate
+    dataset, device = spec.dataset, choose_device(spec.device)
+    module = spec.model.build(spec.seed).to(device)
+    trigger = make_trigger(simulation.byzantine, dataset)
+    others = dataset.test.inputs[dataset.test.labels != trigger.target]
+
+    @torch.no_grad()
+    def measured(model: Tensors) -> Mapping[str, Any]:
+        module.load_state_dict(model)
+        module.eval()
+        fooled = 0
+        for start in range(0, len(others), evaluation.BATCH):
+            inputs = others[start : start + evaluation.BATCH].to(device)
+            outputs = module(trigger.stamp(dataset.prepare(inputs)))
+            fooled += int((outputs.argmax(-1) == trigger.target).sum())
+        return {**evaluate(model), "backdoor-success": fooled / max(1, len(others))}
+
+    return measured

@@ -1,0 +1,63 @@
+"""FedAvg with a tau-normalised head: the data-free control for long-tailed methods.
+
+Reference: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020,
+section 4.1, equation (2).
+
+Training is FedAvg's, bit for bit. The model that is evaluated and delivered has W_c / ||W_c||^tau in place of each
+row W_c of its linear head; training goes on with the original one.
+
+The rows of frequent classes grow longest, which biases the prediction towards them; tau = 1 makes all lengths equal,
+tau = 0 changes nothing. The paper leaves the bias out (``keep_bias=false``) and chooses tau by validation.
+
+Evaluated is the renormalised model, on the server and by the clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flowerbed.errors import require
+from flowerbed.storage import Tensors
+from flowerbed.strategies.base import STRATEGIES, Setting
+from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
+from flowerbed.strategies.heads import linear_head
+
+
+@dataclass(frozen=True)
+class TauNormParams(FedAvgParams):
+    """FedAvg's parameters and those of the renormalisation."""
+
+    tau: float = 1.0
+    """Power of the norm that each row is divided by."""
+    keep_bias: bool = False
+    """Keep the head's bias; otherwise it is zero in the delivered model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.tau <= 1, f"strategy.tau is {self.tau}; give a number in [0, 1].")
+
+
+def tau_normalised(weight: torch.Tensor, tau: float) -> torch.Tensor:
+    """Return the rows of ``weight`` ``(C, D)`` divided by their norm to the power tau; zero rows stay zero."""
+    norms = weight.norm(dim=1, keepdim=True)
+    return weight / norms.where(norms > 0, torch.ones_like(norms)).pow(tau)
+
+
+@STRATEGIES.register("tau_norm")
+class TauNorm(FedAvg):
+    """FedAvg that delivers a renormalised head."""
+
+    Params = TauNormParams
+    params: TauNormParams
+
+    def setup(self, setting: Setting) -> None:
+        super().setup(setting)
+        self._weight, self._bias = linear_head(setting, "tau-normalisation")
+
+    def deliver(self, model: Tensors) -> Tensors:
+        head = {self._weight: tau_normalised(model[self._weight], self.params.tau)}
+        if self._bias is not None and not self.params.keep_bias:
+            head[self._bias] = torch.zeros_like(model[self._bias])
+        return {**model, **head}
