@@ -63,7 +63,6 @@ class ClientData:
         extras = {name: values[rows] for name, values in self.extras.items()}
         return {"x": self.x[rows], "y": self.y[rows], "index": self.index[rows], **extras}
 
-
     def take(self, rows: Tensor) -> ClientData:
         """Return the view of the given rows (int64 or bool) of this one."""
         extras = {name: values[rows] for name, values in self.extras.items()}

@@ -15,7 +15,7 @@ from flowerbed.clients.data import LABELLED, Batch, BatchOrder, ClientData
 from flowerbed.clients.local_round import Extras, LocalRound, Step, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
-from flowerbed.datasets.augment import AUGMENTATIONS
+from flowerbed.datasets.augment import AUGMENTATIONS, Scale
 from flowerbed.errors import ClientError
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
@@ -146,18 +146,21 @@ def batches_of(local: LocalRound, params: LocalParams, data: ClientData, stream:
     Different ``stream`` names order and augment independently of each other.
     """
     order = BatchOrder(params, len(data), local.seed, local.client, f"data order{stream}")
-    augment = AUGMENTATIONS.get(params.augment) if params.augment != "none" else None
 
     def batch(step: int) -> Batch:
         found = data.batch(order.rows(step).to(local.device))
-        if augment is not None:
-            rng = seeds.torch_rng(
-                local.seed, f"augment{stream}", local.client, step, device=local.device.type
-            )
-            found["x"] = augment(found["x"], rng, scale=data.scale)
+        found["x"] = view_of(local, found["x"], data.scale, params.augment, f"augment{stream}", step)
         return found
 
     return batch
+
+
+def view_of(local: LocalRound, x: Tensor, scale: Scale, augmentation: str, purpose: str, step: int) -> Tensor:
+    """Return the inputs ``x`` under the augmentation of that name, drawn from the step's own stream."""
+    if augmentation == "none":
+        return x
+    rng = seeds.torch_rng(local.seed, purpose, local.client, step, device=local.device.type)
+    return AUGMENTATIONS.get(augmentation)(x, rng, scale=scale)
 
 
 def backpropagate(compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:

@@ -184,8 +184,6 @@ def _described(
     if bad:
         status, reason, values = "diverged", f"{bad[0]} is {values[bad[0]]}", {}
     judged = len(summaries.evaluations(records, SERVER)[-last:])
-    versions = summary.get("versions", {})
-    made_with = {"commit": summary.get("git_commit"), "torch": versions.get("torch")}
     return Run(
         method=label,
         seed=simulation.seed,
@@ -199,8 +197,15 @@ def _described(
         generic=generic,
         directory=None if directory is None else str(directory),
         reused=reused,
-        made_with=json.dumps(made_with) if summary else "",
+        made_with=_made_with(summary),
     )
+
+
+def _made_with(summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return ""
+    commit = (summary.get("git_commit") or "unknown")[:10]
+    return f"commit {commit} with torch {summary['versions'].get('torch', 'unknown')}"
 
 
 def _summary(directory: Path | None) -> dict[str, Any]:

@@ -222,4 +222,4 @@ def outcome(run: Run) -> str:
     """Return the line that says how a run ended."""
     figures = ", ".join(f"{name} {value:.4g}" for name, value in run.values.items())
     said = figures or run.reason
-    return f"{run.method}, seed {run.seed}: {run.status}{' before' if run.reused else ''}, {said}"
+    return f"{run.method}, seed {run.seed}: {run.status}{' earlier' if run.reused else ''}, {said}"

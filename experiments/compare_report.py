@@ -25,7 +25,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5
 """Okabe and Ito's, which colour-blind readers tell apart; after these the line style changes."""
 STYLES = ("-", "--", ":", "-.")
 MANY_POINTS = 30
-SCREEN_SEEDS = 5
 
 DOWN, UP, STEPS, FLOPS, SECONDS = "bytes down", "bytes up", "client steps", "FLOPs", "seconds"
 COST = {DOWN: "bytes_down", UP: "bytes_up", STEPS: "client_steps", FLOPS: "flops", SECONDS: "seconds"}
@@ -106,22 +105,24 @@ def markdown(comparison: Comparison) -> str:
 
 def tables(comparison: Comparison) -> list[Table]:
     """Return the tables for a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     found = []
     for metric in comparison.metrics:
         rows = [_cells(comparison, metric, row) for row in comparison.rows(metric)]
-        # More would not fit; the files have them.
-        shown = None if len(comparison.seeds) <= SCREEN_SEEDS else -len(comparison.seeds)
-        found.append((_title(metric), _header(comparison)[:shown], [row[:shown] for row in rows]))
+        # Those of single seeds would not fit; the files have them.
+        seeds = len(comparison.seeds)
+        found.append((_title(metric), _header(comparison)[:-seeds], [row[:-seeds] for row in rows]))
     found.append(("cost of a run's training", ["method", *COST], _cost_rows(comparison)))
     made = []
     for title, header, rows in found:
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
         for position, name in enumerate(header):
-            table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
-        for cells in rows:
-            table.add_row(*(f"[red]{cell}[/red]" if "failed" in cell else cell for cell in cells))
+            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position > 0)
+        for method, *cells in rows:
+            table.add_row(Text(method), *(Text(cell, "red" if "failed" in cell else "") for cell in cells))
         made.append(table)
     return made
 
@@ -157,10 +158,10 @@ def notes(comparison: Comparison) -> list[str]:
     for run in comparison.failed:
         where = f" after round {run.rounds}" if run.rounds else ""
         said.append(
-            f"{run.method}, seed {run.seed} {run.status}{where}: {run.reason}. The method has no mean for it."
+            f"{run.method}, seed {run.seed} {run.status}{where}, so the method has no mean: {run.reason}"
         )
     early = [run for run in comparison.runs if run.status == "stopped"]
-    said += [f"{run.method}, seed {run.seed} stopped at round {run.rounds}: {run.reason}." for run in early]
+    said += [f"{run.method}, seed {run.seed} stopped at round {run.rounds}: {run.reason}" for run in early]
     generic = sorted({run.method for run in comparison.runs if run.generic})
     if generic:
         said.append(f"No personal model, so the figures are the generic one's: {', '.join(generic)}.")
@@ -232,21 +233,38 @@ def _draw_dots(axis: Axes, comparison: Comparison, metric: Metric) -> None:
 
 
 def _draw_curves(axis: Axes, comparison: Comparison, metric: Metric) -> None:
-    """Draw each method's mean by round, with the range of its seeds as the band."""
+    """Draw each method's mean by round, with the range of its seeds as the band.
+
+    A method with a failed run has no mean here either: its runs are drawn one by one, up to where they broke.
+    """
     scale = 100 if metric.percent else 1
     for method in comparison.methods:
         colour, style = _look(comparison, method)
-        by_round = _by_round(comparison.of(method), metric)
-        if not by_round:
+        runs = comparison.of(method)
+        if not all(run.ok for run in runs):
+            for number, run in enumerate(runs):
+                points = [(r, scale * v) for r, v in run.curves.get(metric.name, ()) if math.isfinite(v)]
+                if points:
+                    label = f"{method} (each run)" if number == 0 else None
+                    axis.plot(*zip(*points, strict=True), style, color=colour, linewidth=0.8, label=label)
+                    if not run.ok:
+                        axis.plot(*points[-1], "x", color=BAD, markersize=7, zorder=5)
             continue
-        rounds = list(by_round)
+        by_round = _by_round(runs, metric)
         means = [scale * math.fsum(values) / len(values) for values in by_round.values()]
         low, high = ([scale * pick(values) for values in by_round.values()] for pick in (min, max))
-        marker = "o" if len(rounds) <= MANY_POINTS else ""
+        marker = "o" if len(by_round) <= MANY_POINTS else ""
         axis.plot(
-            rounds, means, style, color=colour, linewidth=1.6, marker=marker, markersize=3, label=method
+            list(by_round),
+            means,
+            style,
+            color=colour,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3,
+            label=method,
         )
-        axis.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(list(by_round), low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("round", color=INK, fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     _style(axis, "both")
@@ -255,9 +273,9 @@ def _draw_curves(axis: Axes, comparison: Comparison, metric: Metric) -> None:
 
 
 def _by_round(runs: Sequence[Run], metric: Metric) -> dict[int, list[float]]:
-    """Return the finite figures of all runs that got that far, at each round that all of these have."""
-    curves = [dict(run.curves[metric.name]) for run in runs if run.ok]
-    shared = [r for r in (curves[0] if curves else {}) if all(r in curve for curve in curves)]
+    """Return the figures of all runs at each round in which all of them were evaluated."""
+    curves = [dict(run.curves[metric.name]) for run in runs]
+    shared = [r for r in curves[0] if all(r in curve for curve in curves)]
     return {r: [curve[r] for curve in curves] for r in shared}
 
 

@@ -75,11 +75,17 @@ class DataParams:
     """Share of every client's samples whose labels it sees, the same share of each class."""
     labels_per_class: int = 0
     """Labelled samples of each class that every client has, instead of a share; 0 means ``labelled`` decides."""
+    server_per_class: int = 0
+    """Labelled samples of each class that the server keeps for itself; no client has them."""
 
     def __post_init__(self) -> None:
         require(0 <= self.labelled <= 1, f"data.labelled is {self.labelled}; give a share between 0 and 1.")
         require(
             self.labels_per_class >= 0, f"data.labels_per_class is {self.labels_per_class}; give 0 (off) or more."
+        )
+        require(
+            self.server_per_class >= 0,
+            f"data.server_per_class is {self.server_per_class}; give 0 (none) or more.",
         )
         require(self.imbalance >= 1, f"data.imbalance is {self.imbalance}; give 1 (balanced) or more.")
 

@@ -145,14 +145,15 @@ def screen(directory: Path, summary: Mapping[str, Any]) -> str:
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:
-    """Return a sweep as one table."""
+    """Return a sweep as one table; of the overrides, those in which the jobs differ."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     rows = [("job", "overrides", "status", "accuracy", "loss", "seconds", "directory")]
     for job in jobs:
         status = (
             job.status if job.status in GOOD or not job.reason else f"{job.status}: {first_line(job.reason)}"
         )
         numbers = (_number(job.accuracy), _number(job.loss), _number(job.seconds))
-        overrides = " ".join(job.overrides) or "(none)"
+        overrides = " ".join(text for text in job.overrides if text not in common) or "(none)"
         rows.append((str(job.number), overrides, status, *numbers, job.directory))
     return table(rows, header=True)
 

@@ -46,6 +46,7 @@ from flowerbed.storage import Tensors, atomic_write
 from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
 from flowerbed.strategies.flower import FlowerParams, FlowerStrategy
 from flowerbed.strategies.loader import load_all
+from flowerbed.strategies.server_side import ServerSide
 
 # Group norm, because the batch statistics of clients with few classes do not average.
 SMALL_RESNET = Choice("resnet8", {"norm": "gn"})
@@ -187,6 +188,14 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
             ),
             cohort=federation.cohort,
             local=simulation.local,
+            server=ServerSide(
+                simulation.seed,
+                federation.clients,
+                model,
+                dataset,
+                divide_with_server(simulation, dataset)[0].numpy(),
+                simulation.grid.device,
+            ),
         )
     )
     strategy.transforms = transforms.server_transforms(simulation, strategy, info)
@@ -228,11 +237,7 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
     """Return the clients' shares of the training set and the matching shares of the test set."""
     labels, domains = dataset.train.labels, dataset.train.extras.get("domain")
     by_class = labels if labels.ndim == 1 else labels[:, 0]
-    kept: Tensor | None = None
-    if simulation.data.imbalance > 1:
-        kept = torch.from_numpy(
-            long_tail(by_class, dataset.num_classes, simulation.data.imbalance, simulation.seed)
-        )
+    _, kept = divide_with_server(simulation, dataset)
     share = partition(
         simulation.partition.name,
         by_class if kept is None else by_class[kept],
@@ -249,8 +254,29 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
     return share, matched_test_partition(test_by_class, counts, simulation.seed)
 
 
+def divide_with_server(simulation: Simulation, dataset: Dataset) -> tuple[Tensor, Tensor | None]:
+    """Return the training samples of the server, and those that the clients share; None means all of them."""
+    labels, data = dataset.train.labels, simulation.data
+    by_class = labels if labels.ndim == 1 else labels[:, 0]
+    kept: Tensor | None = None
+    if data.imbalance > 1:
+        kept = torch.from_numpy(long_tail(by_class, dataset.num_classes, data.imbalance, simulation.seed))
+    if not data.server_per_class:
+        return torch.empty(0, dtype=torch.int64), kept
+    pool = torch.arange(len(labels)) if kept is None else kept
+    server, clients = labelled_split(labels, pool, simulation.seed, per_class=data.server_per_class)
+    if not len(clients):
+        raise ConfigError(
+            f"data.server_per_class={data.server_per_class} leaves the clients without samples; give fewer."
+        )
+    return torch.from_numpy(server), torch.from_numpy(clients)
+
+
 def hide_labels(simulation: Simulation, dataset: Dataset, train: Partition) -> Dataset:
-    """Mark which training samples keep their label, in the extra ``labelled``; see ``ClientData``."""
+    """Mark which training samples keep their label, in the extra ``labelled``; see ``ClientData``.
+
+    The server's own samples keep theirs.
+    """
     data = simulation.data
     if data.labelled == 1 and not data.labels_per_class:
         return dataset
@@ -258,6 +284,7 @@ def hide_labels(simulation: Simulation, dataset: Dataset, train: Partition) -> D
         {"per_class": data.labels_per_class} if data.labels_per_class else {"fraction": data.labelled}
     )
     mask = torch.zeros(len(dataset.train), dtype=torch.bool)
+    mask[divide_with_server(simulation, dataset)[0]] = True
     for client in range(train.num_clients):
         labelled, _ = labelled_split(dataset.train.labels, train.indices(client), simulation.seed, **how)
         mask[torch.from_numpy(labelled)] = True

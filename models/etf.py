@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ def simplex(dim: int, num_classes: int) -> Tensor:
     )
     basis, _ = torch.linalg.qr(torch.randn(dim, num_classes, dtype=torch.float64))
     centred = basis - basis.mean(dim=1, keepdim=True)
-    return centred.mul((num_classes / (num_classes - 1)) ** 0.5).float()
+    frame: Tensor = centred * math.sqrt(num_classes / (num_classes - 1))
+    return frame.float()
 
 
 class EtfHead(nn.Module):

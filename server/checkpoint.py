@@ -110,6 +110,23 @@ class Checkpoints:
         return None, skipped
 
 
+    def resumable(self, identity: str) -> Checkpoint:
+        """Return the newest whole checkpoint.
+
+        Raises ``CheckpointError`` if there is none, or if it was made with another configuration.
+        """
+        checkpoint, skipped = self.newest()
+        if checkpoint is None:
+            found = f" ({' '.join(skipped)})" if skipped else ""
+            raise CheckpointError(f"No usable checkpoint under {self.root}{found}; start anew.")
+        if checkpoint.extra["identity"] != identity:
+            raise CheckpointError(
+                f"The checkpoint in {self.root} belongs to another configuration; resume with the "
+                "configuration it was made with, or choose another run.dir."
+            )
+        return checkpoint
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

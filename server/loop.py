@@ -143,15 +143,7 @@ class Federation:
     def _resume(self) -> int:
         if self.checkpoints is None:
             raise CheckpointError("This run keeps no checkpoints, so there is nothing to resume.")
-        checkpoint, skipped = self.checkpoints.newest()
-        if checkpoint is None:
-            found = f" ({' '.join(skipped)})" if skipped else ""
-            raise CheckpointError(f"No usable checkpoint under {self.checkpoints.root}{found}; start anew.")
-        if checkpoint.extra["identity"] != self.identity:
-            raise CheckpointError(
-                f"The checkpoint in {self.checkpoints.root} belongs to another configuration; resume with the "
-                "configuration it was made with, or choose another run.dir."
-            )
+        checkpoint = self.checkpoints.resumable(self.identity)
         self.model = checkpoint.model
         self.strategy.load_state_dict(checkpoint.strategy)
         if self.log is not None:

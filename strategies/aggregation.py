@@ -13,7 +13,7 @@ from flowerbed.errors import RunError
 from flowerbed.models import evaluation
 from flowerbed.storage import Tensors
 
-SUMMED = ("num-examples", "steps", *evaluation.COUNTS)
+SUMMED = ("num-examples", "steps", "kept-per-class", *evaluation.COUNTS)
 """Metrics that add up instead of being averaged, under whatever prefix."""
 
 

@@ -97,7 +97,8 @@ class APFLHalf(ClientHalf):
         buffers = {name: value.clone() for name, value in extras["buffers"].items()}
         mixed = mixture(alpha, extras[PERSONAL], model.parameters)
         value, _ = super().loss(ModelParts.functional(model.module, mixed, buffers), batch, extras, task)
-        return torch.autograd.grad(value, alpha)[0]
+        (slope,) = torch.autograd.grad(value, [alpha])
+        return slope
 
     def end(self, local: LocalRound, trained: Trained, extras: Extras) -> Mapping[str, Mapping[str, Tensor]]:
         kept = {**extras[PERSONAL], **extras["buffers"]}

@@ -26,6 +26,7 @@ from flowerbed.models.info import ModelInfo
 from flowerbed.registry import Registry
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies import aggregation
+from flowerbed.strategies.server_side import ServerSide
 
 CONFIG = "config"
 EXAMPLES = "num-examples"
@@ -77,6 +78,8 @@ class Setting:
     """Clients asked in a round (m); 0 means all."""
     local: LocalParams = field(default_factory=LocalParams)
     """The local training of every client."""
+    server: ServerSide | None = None
+    """What a server half needs to train by itself; None where there is nothing of the kind."""
 
 
 @dataclass(frozen=True)

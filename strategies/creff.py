@@ -44,7 +44,7 @@ from flowerbed.strategies.heads import linear_head
 HEAD = "retrained head"
 """Stream and state: ``weight`` ``(C, D)`` and ``bias`` ``(C,)``."""
 GRADIENTS = "class gradients"
-"""Stream: ``classes`` int64 ``(n,)`` and ``gradient`` ``(n, C, D)``."""
+"""Stream: ``gradient`` ``(C, C, D)`` by class of the samples, and whether it ``owned`` any, ``(C,)``."""
 FEATURES = "federated features"
 """State: ``v`` ``(C, m, D)``."""
 
@@ -91,10 +91,12 @@ def local_gradients(local: LocalRound, weight: Tensor, bias: Tensor) -> Tensors:
     local.model.eval()
     data = local.train_data
     features = torch.cat([local.parts.features(data.x[i : i + BATCH]) for i in range(0, len(data), BATCH)])
-    classes = torch.unique(data.y)
     weight, bias = weight.to(local.device), bias.to(local.device)
-    found = [class_gradient(features[data.y == c], c, weight, bias) for c in classes]
-    return {"classes": classes, "gradient": torch.stack(found)}
+    owned = torch.bincount(data.y, minlength=len(weight)) > 0
+    gradient = features.new_zeros(len(weight), *weight.shape)
+    for c in torch.nonzero(owned).flatten():
+        gradient[c] = class_gradient(features[data.y == c], c, weight, bias)
+    return {"gradient": gradient, "owned": owned.to(torch.int64)}
 
 
 def class_gradient(features: Tensor, label: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -182,10 +184,10 @@ class CReFF(FedAvg):
 
 
 def mean_gradients(streams: list[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the classes of all streams ``(n,)`` and the plain mean of their gradients ``(n, C, D)``."""
-    sent: dict[int, list[Tensors]] = {}
-    for stream in streams:
-        for c, gradient in zip(stream["classes"], stream["gradient"], strict=True):
-            sent.setdefault(int(c), []).append({"": gradient})
-    means = {c: weighted_mean(rows, [1.0] * len(rows))[""] for c, rows in sorted(sent.items())}
-    return torch.tensor(list(means)), torch.stack(list(means.values()))
+    """Return the classes that any client owns ``(n,)`` and the plain means of their gradients ``(n, C, D)``."""
+    classes = torch.nonzero(torch.stack([s["owned"] for s in streams]).amax(0)).flatten()
+    means = []
+    for c in classes:
+        rows: list[Tensors] = [{"": s["gradient"][c]} for s in streams if s["owned"][c]]
+        means.append(weighted_mean(rows, [1.0] * len(rows))[""])
+    return classes, torch.stack(means)

@@ -40,7 +40,7 @@ from flowerbed.strategies.logit_adjustment import class_counts
 from flowerbed.strategies.personal import two_predictors
 
 PROTOTYPES = "prototypes"
-"""Stream and state: ``classes`` int64 ``(n,)``, ``mean`` ``(n, D)`` and, from clients, ``count`` ``(n,)``."""
+"""Stream and state: ``mean`` ``(C, D)`` and ``count`` int64 ``(C,)``; no samples, no prototype."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class FedProtoHalf(LocalOnlyHalf):
 
     def begin(self, local: LocalRound) -> Extras:
         known = local.received.get(PROTOTYPES)
-        return {} if known is None else _table(known, local)
+        return {} if known is None else {"mean": known["mean"].to(local.device), "known": _known(local)}
 
     def loss(
         self, model: ModelParts, batch: Batch, extras: Extras, task: Task
@@ -84,14 +84,14 @@ class FedProtoHalf(LocalOnlyHalf):
         return {**super().end(local, trained, extras), PROTOTYPES: class_means(local)}
 
     def predictors(self, local: LocalRound) -> Mapping[str, Predictor]:
-        table = _table(local.received[PROTOTYPES], local)
+        prototypes, known = local.received[PROTOTYPES]["mean"].to(local.device), _known(local)
         own = class_counts(local.train_data.y, local.task.classes) > 0
         # A client whose classes nobody has sent yet can only choose among those that somebody has.
-        allowed = table["known"] & own if bool((table["known"] & own).any()) else table["known"]
+        allowed = known & own if bool((known & own).any()) else known
 
         def nearest(x: Tensor) -> Tensor:
             exact = "donot_use_mm_for_euclid_dist"
-            scores = -torch.cdist(local.parts.features(x), table["mean"], compute_mode=exact).square()
+            scores = -torch.cdist(local.parts.features(x), prototypes, compute_mode=exact).square()
             lowest = scores.amin(dim=1, keepdim=True) - 1
             return scores.where(allowed, lowest)
 
@@ -100,24 +100,18 @@ class FedProtoHalf(LocalOnlyHalf):
 
 @torch.no_grad()
 def class_means(local: LocalRound) -> Tensors:
-    """Return the mean features of each class that the client has, and how many samples they are means of."""
+    """Return the mean features of each class in the client's data, zero without samples, and the counts."""
     local.model.eval()
     data = local.train_data
-    chunks = [local.parts.features(data.x[i : i + BATCH]) for i in range(0, len(data), BATCH)]
-    features = torch.cat(chunks)
-    classes, place, count = torch.unique(data.y, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
-    sums.index_add_(0, place, features.double())
-    return {"classes": classes, "mean": (sums / count.unsqueeze(1)).to(features.dtype), "count": count}
+    features = torch.cat([local.parts.features(data.x[i : i + BATCH]) for i in range(0, len(data), BATCH)])
+    count = torch.bincount(data.y, minlength=local.task.classes)
+    sums = torch.zeros(len(count), features.shape[1], dtype=torch.float64, device=features.device)
+    sums.index_add_(0, data.y, features.double())
+    return {"mean": (sums / count.clamp(min=1).unsqueeze(1)).to(features.dtype), "count": count}
 
 
-def _table(known: Mapping[str, Tensor], local: LocalRound) -> Tensors:
-    """Return ``mean`` ``(C, D)``, zero where no prototype is known, and ``known`` bool ``(C,)``."""
-    classes, rows = known["classes"].to(local.device), known["mean"].to(local.device)
-    mean = rows.new_zeros(local.task.classes, rows.shape[1])
-    flags = torch.zeros(local.task.classes, dtype=torch.bool, device=local.device)
-    mean[classes], flags[classes] = rows, True
-    return {"mean": mean, "known": flags}
+def _known(local: LocalRound) -> Tensor:
+    return local.received[PROTOTYPES]["count"].to(local.device) > 0
 
 
 @STRATEGIES.register("fedproto")
@@ -139,19 +133,16 @@ class FedProto(FederatedStrategy):
         return dict(self.state)
 
     def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        kept = self.state.get(PROTOTYPES, {"classes": torch.empty(0, dtype=torch.int64)})
-        means = {int(c): kept["mean"][row] for row, c in enumerate(kept["classes"])}
-        sent: dict[int, list[tuple[Tensor, float]]] = {}
-        for reply in replies:
-            stream = reply.streams[PROTOTYPES]
-            for c, mean, count in zip(stream["classes"], stream["mean"], stream["count"], strict=True):
-                weight = float(count) if self.params.weighting == "examples" else 1.0
-                sent.setdefault(int(c), []).append((mean, weight))
-        for c, rows in sent.items():
-            means[c] = weighted_mean([{"": mean} for mean, _ in rows], [weight for _, weight in rows])[""]
-        classes = sorted(means)
-        self.state[PROTOTYPES] = {
-            "classes": torch.tensor(classes),
-            "mean": torch.stack([means[c] for c in classes]),
-        }
+        streams = [reply.streams[PROTOTYPES] for reply in replies]
+        before = self.state.get(PROTOTYPES, {key: torch.zeros_like(v) for key, v in streams[0].items()})
+        means, counts = before["mean"].clone(), before["count"].clone()
+        for c in range(len(counts)):
+            owners = [s for s in streams if s["count"][c] > 0]
+            if owners:
+                weights = [
+                    float(s["count"][c]) if self.params.weighting == "examples" else 1.0 for s in owners
+                ]
+                means[c] = weighted_mean([{"": s["mean"][c]} for s in owners], weights)[""]
+                counts[c] = sum(int(s["count"][c]) for s in owners)
+        self.state[PROTOTYPES] = {"mean": means, "count": counts}
         return {}

@@ -10,7 +10,9 @@ Server:    w_{t+1} = (1 - beta) w_t + beta mean_k w_k, over the replies, uniform
 
 theta starts a round at w_t and each inner problem where the last one ended, as in the released code, whose
 defaults are lambda = 15, eta = 0.005, K = 5, beta = 1 and an inner learning rate (``local.lr``) of 0.09. A round
-costs K S gradients; a learning-rate schedule applies to the inner steps. BatchNorm statistics travel with w_k.
+costs K S gradients; a learning-rate schedule applies to the inner steps. The inner problem's curvature is at least
+lambda, so an inner rate above 2 / lambda diverges and one near 1 / lambda is fast. BatchNorm statistics travel with
+w_k.
 
 Evaluated are the received model (``""``) and theta_k as the client's last training left it (``personal``); a client
 that never trained has the run's initial model.
@@ -29,7 +31,7 @@ from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step
 from flowerbed.clients.training import own_batches, train
 from flowerbed.errors import require
 from flowerbed.storage import Tensors
-from flowerbed.strategies.base import STRATEGIES
+from flowerbed.strategies.base import STRATEGIES, Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
 from flowerbed.strategies.personal import PERSONAL, parts_of, personal_model, two_predictors, whole_model
 
@@ -96,3 +98,12 @@ class PFedMe(FedAvg):
     Params = PFedMeParams
     Half = PFedMeHalf
     params: PFedMeParams
+
+    def setup(self, setting: Setting) -> None:
+        super().setup(setting)
+        lr, lambda_ = setting.local.lr, self.params.lambda_
+        require(
+            setting.local.optimizer != "sgd" or lr * lambda_ < 2,
+            f"pFedMe's inner steps diverge with local.lr={lr} and strategy.lambda_={lambda_}, whose product must "
+            f"stay below 2; give local.lr a value near {1 / lambda_:.2g}.",
+        )

@@ -41,8 +41,8 @@ class TauNormParams(FedAvgParams):
 
 def tau_normalised(weight: torch.Tensor, tau: float) -> torch.Tensor:
     """Return the rows of ``weight`` ``(C, D)`` divided by their norm to the power tau; zero rows stay zero."""
-    norms = weight.norm(dim=1, keepdim=True)
-    return weight / norms.where(norms > 0, torch.ones_like(norms)).pow(tau)
+    norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    return weight / torch.where(norms > 0, norms, 1.0).pow(tau)
 
 
 @STRATEGIES.register("tau_norm")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import DiskStore
-from flowerbed.errors import CheckpointError, ConfigError, RunError
+from flowerbed.errors import CheckpointError, ConfigError, FlowerbedError, RunError
 from flowerbed.server.callbacks import Callback, EarlyStop, MetricsLog, Record
 from flowerbed.server.checkpoint import Checkpoints
 from flowerbed.server.loop import Federation
@@ -268,3 +268,16 @@ def test_bad_evaluation_and_stop_are_refused() -> None:
         EvaluationParams(every=-1)
     with pytest.raises(ConfigError, match="stop.mode"):
         StopParams(mode="up")
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    from flowerbed.experiments.simulation import resume, simulate
+
+    settings = {"federation": {"clients": 3, "rounds": 2}, "run": {"dir": str(tmp_path / "run")}}
+    simulate(**settings)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(FlowerbedError, match="other settings of seed"):
+        resume(tmp_path / "run", seed=5)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        simulate(**settings)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

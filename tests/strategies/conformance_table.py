@@ -8,6 +8,21 @@ CASES = {
     case.strategy: case
     for case in (
         Case("fedavg"),
+        # Server optimizers: the server does not take over the client's model.
+        Case("fedavgm", one_client_is_central=False),
+        Case("fedadagrad", one_client_is_central=False),
+        Case("fedadam", one_client_is_central=False),
+        Case("fedyogi", one_client_is_central=False),
+        # Corrections of the local gradient. SCAFFOLD and FedNova refuse a momentum that is kept across rounds.
+        Case("fedprox", one_client_is_central=False),
+        Case("scaffold", settings={"local": {"momentum": 0.0}}),
+        Case("feddyn", one_client_is_central=False),
+        Case("feddc", one_client_is_central=False),
+        Case("fednova", settings={"local": {"momentum": 0.0}}),
+        # These train on another loss, or another gradient, than FedAvg's client.
+        Case("moon", one_client_is_central=False),
+        Case("fedntd", one_client_is_central=False),
+        Case("fedsam", one_client_is_central=False),
         # Asynchronous mixing keeps a share of the old model: one client is not the central loop.
         Case("fedasync", settings={"federation": {"cohort": 1}}, one_client_is_central=False),
         Case("fedbuff", settings={"federation": {"cohort": 2}}, one_client_is_central=False),

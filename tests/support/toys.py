@@ -105,7 +105,9 @@ def quadratic_federation(
     partition = Partition.from_owners(list(owners), clients)
     spec = ModelSpec("toys:Scalar", dataset.input_shape, 1)
     module = spec.build(0)
-    strategy.setup(Setting(0, clients, rounds, ModelInfo.of(module), UniformSampler(0, cohort), cohort, local))
+    strategy.setup(
+        Setting(0, clients, rounds, ModelInfo.of(module), UniformSampler(0, cohort), cohort, local)
+    )
     kept = store or MemoryStore()
     client = ClientSpec(0, rounds, strategy.half, spec, dataset, partition, None, local, kept, "cpu")
     params = FederationParams(clients=clients, cohort=cohort, rounds=rounds)
