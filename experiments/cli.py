@@ -23,6 +23,8 @@ examples:
   flowerbed resume runs/cifar federation.rounds=80  go on after the newest checkpoint
   flowerbed show runs/cifar                         what came out
   flowerbed list models 'resnet*'                   what there is to choose
+  flowerbed compare strategy=fedavg,fedprox seeds=0,1,2    mean, interval, rank and paired tests
+  flowerbed check my_package:MyStrategy             does my own strategy keep the contract
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
@@ -38,13 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Wherever it stands: argparse would take no pattern after it, and Hydra does not know it.
     arguments = [text for text in arguments if text != "--json"]
     try:
-        # What follows these two is Hydra's grammar, or the benchmark's own.
+        # What follows these is Hydra's grammar, or the command's own.
         if arguments[:1] == ["simulate"]:
             from flowerbed.experiments.launch import simulate
 
             return simulate(arguments[1:], as_json)
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:], as_json)
+        if arguments[:1] == ["compare"]:
+            from flowerbed.experiments.compare_command import compare
+
+            return compare(arguments[1:], as_json)
+        if arguments[:1] == ["check"]:
+            from flowerbed.experiments.check import check
+
+            return check(arguments[1:], as_json)
         return _dispatch(_parser().parse_args(arguments), as_json)
     except FlowerbedError as error:
         from flowerbed.experiments.failure import describe, exit_code
@@ -83,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     show = commands.add_parser("show", help="show the summary of a run or a sweep")
     show.add_argument("directory", type=Path, metavar="DIR")
+    commands.add_parser(
+        "compare", add_help=False, help="run methods x seeds and compare them: compare strategy=A,B seeds=0,1,2"
+    )
+    commands.add_parser(
+        "check", add_help=False, help="check a strategy against the platform's contract: check STRATEGY"
+    )
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead [--help]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser

@@ -41,11 +41,16 @@ def register(chosen: Mapping[str, Iterable[str]]) -> None:
         names = {name for name in table if name in table}
         names |= {"auto"} if kind == "model" else set()
         for name in sorted(names | set(chosen.get(kind, ()))):
-            node = schema(thing(kind, name))
-            if kind == "strategy":
-                _store("schema/strategy", name, node)
-            if not (CONF / kind / f"{name}.yaml").exists():
-                _store(kind, name, node)
+            _register_thing(kind, name)
+
+
+@cache
+def _register_thing(kind: str, name: str) -> None:
+    node = schema(thing(kind, name))
+    if kind == "strategy":
+        _store("schema/strategy", name, node)
+    if not (CONF / kind / f"{name}.yaml").exists():
+        _store(kind, name, node)
 
 
 @cache

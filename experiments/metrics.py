@@ -108,9 +108,9 @@ def step_flops(
     """
     batch = int(min(local.batch_size or sizes.max(), sizes.max()))
     task = task_for(dataset.task, dataset.num_classes)
-    split = dataset.train
+    split, module = dataset.train, model.build(0)
     try:
-        module = model.build(0).to("meta").train()
+        module.to("meta").train()
         inputs = dataset.prepare(split.inputs[:1]).expand(batch, *dataset.input_shape).to("meta")
         labels = split.labels[:1].expand(batch, *split.labels.shape[1:]).to("meta")
         with FlopCounterMode(display=False) as counter:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -45,7 +46,9 @@ from flowerbed.datasets.augment import AUGMENTATIONS
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification, Task
+from flowerbed.strategies.base import Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
+from flowerbed.strategies.server_side import ServerSide
 
 Aggregated = tuple[ArrayRecord | None, MetricRecord | None]
 
@@ -122,10 +125,26 @@ class ConsistencyHalf(ClientHalf):
 
 
 class PseudoLabelFedAvg(FedAvg):
-    """FedAvg that reports the quality of pseudo-labels."""
+    """FedAvg that reports the quality of pseudo-labels; its parameters are ``PseudoLabelParams`` as well."""
+
+    def setup(self, setting: Setting) -> None:
+        super().setup(setting)
+        if setting.server is not None:
+            check_data(setting.server, self.params)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         return with_rates(super().aggregate_train(server_round, replies))
+
+
+def check_data(server: ServerSide, params: Any) -> None:
+    """Raise ``ConfigError`` if the run's data set has no classes, or no images although the strong view needs them."""
+    classes_of(server.task)
+    shape = server.dataset.input_shape
+    require(
+        len(shape) == 3 or params.strong == "none" or params.strong not in AUGMENTATIONS,
+        f"strategy.strong={params.strong} is made for images and the inputs have shape {shape}; name an augmentation "
+        "of your own (package.module:function), or none.",
+    )
 
 
 def supervised_loss(model: ModelParts, batch: Batch, task: Task) -> Tensor:

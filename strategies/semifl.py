@@ -53,7 +53,13 @@ from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 from flowerbed.strategies.aggregation import scalar, weighted_mean
 from flowerbed.strategies.base import STRATEGIES, ClientReply, FederatedStrategy, Phase, Setting
-from flowerbed.strategies.semi_supervised import Aggregated, PseudoLabelParams, classes_of, with_rates
+from flowerbed.strategies.semi_supervised import (
+    Aggregated,
+    PseudoLabelParams,
+    check_data,
+    classes_of,
+    with_rates,
+)
 from flowerbed.strategies.server_side import ServerSide
 
 VELOCITY = "velocity"
@@ -149,7 +155,7 @@ class SemiFL(FederatedStrategy):
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)
-        classes_of(labels_at_server(setting)[1].task)
+        check_data(labels_at_server(setting)[1], self.params)
 
     def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
         return self._supervised(1, model)

@@ -217,7 +217,7 @@ def own_copy(content: RecordDict) -> RecordDict:
     """Return a copy whose records can be changed without the original noticing; values are shared."""
     copied = RecordDict()
     for name, record in content.items():
-        copied[name] = record
+        copied[name] = record.copy()
     return copied
 
 

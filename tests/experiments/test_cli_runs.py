@@ -49,7 +49,7 @@ def test_a_run_directory_keeps_its_contract(tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "figures", "metrics.jsonl", "model.safetensors", "summary.json",
     ]  # fmt: skip
-    assert not any(tmp_path.glob("*.log")) and not any(tmp_path.glob("outputs"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
     simulation = Simulation.of(yaml.safe_load((run / "config.yaml").read_text()))
     assert simulation.federation.clients == 4
@@ -59,7 +59,8 @@ def test_a_run_directory_keeps_its_contract(tmp_path: Path, capsys: pytest.Captu
     # The final model, loaded and evaluated by somebody who knows PyTorch only.
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
     state = load_file(run / "model.safetensors")
-    plain.load_state_dict(dict(zip(plain.state_dict(), state.values(), strict=True)))
+    by_shape = {value.shape: value for value in state.values()}
+    plain.load_state_dict({name: by_shape[value.shape] for name, value in plain.state_dict().items()})
     digits = load_dataset("digits")
     predicted = plain(digits.prepare(digits.test.inputs)).argmax(1)
     accuracy = float((predicted == digits.test.labels).float().mean())
@@ -192,14 +193,14 @@ def test_a_failing_run_exits_with_1_and_is_complete(
 
 def test_a_default_run_directory_is_never_shared(tmp_path: Path) -> None:
     for _ in range(2):
-        assert cli.main(["simulate", *QUICK, "federation.rounds=1"]) == 0
+        assert cli.main(["simulate", *QUICK, "federation.rounds=0"]) == 0
     folders = list(tmp_path.glob("runs/*/*-fedavg-digits*"))
     assert len(folders) == 2
 
 
 def test_ctrl_c_ends_the_run_with_130_and_a_summary(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowerbed.experiments.cli", "simulate", *QUICK[:1], "federation.rounds=100000",
+        [sys.executable, "-m", "flowerbed.experiments.cli", "simulate", *QUICK[:1], "federation.rounds=100000", "run.checkpoint_every=0",
          "run.dir=run"],
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
         stdout=subprocess.PIPE,

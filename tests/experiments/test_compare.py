@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import check, compare_command, compare_report, paired
 from flowerbed.experiments.compare import Watcher, compare
@@ -20,9 +24,6 @@ from flowerbed.server.callbacks import Record
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import ClientReply
 from flowerbed.strategies.fedavg import FedAvg
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
 
 SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},

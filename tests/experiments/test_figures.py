@@ -70,7 +70,7 @@ def test_every_size_is_a_valid_picture(clients: int, classes: int, tmp_path: Pat
 def test_what_cannot_be_drawn_is_logged_and_the_rest_is_drawn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = [Record(0, SERVER, {"accuracy": "high"})]
+    broken = [Record(0, SERVER, {"accuracy": {}})]
     files = draw(tmp_path, broken, np.ones((2, 2), dtype=np.int64), ["a", "b"], "")
     assert [path.name for path in files] == ["partition.png"]
     assert "accuracy.png was not drawn" in caplog.text

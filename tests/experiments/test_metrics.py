@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from flowerbed.clients.params import LocalParams
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.datasets.partitions import Partition
@@ -16,7 +18,6 @@ from flowerbed.experiments import metrics
 from flowerbed.experiments.simulation import simulate
 from flowerbed.models.base import ModelSpec
 from flowerbed.server.callbacks import CLIENTS, SERVER, Record
-from torch import Tensor, nn
 
 
 def judged(server_round: int, phase: str = SERVER, **values: Any) -> Record:
@@ -92,7 +93,7 @@ def test_flops_of_a_perceptron_by_hand() -> None:
 def test_flops_of_an_lstm_are_counted() -> None:
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     data = dataset(tokens, tokens, 7, task="next-token")
-    model = ModelSpec("char_lstm", (5,), 7, {"embedding": 8, "hidden": 16, "layers": 1})
+    model = ModelSpec("char_lstm", (5,), 7, {"embedding": 8, "hidden": 16, "depth": 1})
     found = metrics.step_flops(model, data, LocalParams(batch_size=2), np.array([2]))
     # Gates 4 x 16 from input (8) and state (16), then 16 x 7 outputs; three such products a training step, but
     # for the first state, which needs no gradient.

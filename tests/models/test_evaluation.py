@@ -8,12 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from flowerbed.models import evaluation
-from flowerbed.models.tasks import CONFIDENCE_BINS, Classification, NextToken, Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
+
+from flowerbed.models import evaluation
+from flowerbed.models.tasks import CONFIDENCE_BINS, Classification, NextToken, Task
 
 
 def probabilities(*rows: tuple[float, ...]) -> Tensor:

@@ -47,6 +47,17 @@ CASES = {
         # These deliver FedAvg's model with another head.
         Case("tau_norm", one_client_is_central=False),
         Case("creff", {"m": 5, "match_steps": 5, "head_epochs": 5}, one_client_is_central=False),
+        # Semi-supervised: with every label seen, labels-only is FedAvg; the others train on another loss.
+        Case("labels_only"),
+        Case("fedfixmatch", {"tau": 0.3, "mu": 2}, {"data": {"labelled": 0.3}}, one_client_is_central=False),
+        Case("feduda", {"tau": 0.3, "mu": 2}, {"data": {"labelled": 0.3}}, one_client_is_central=False),
+        Case(
+            "fedmatch",
+            {"tau": 0.3, "mu": 2, "h_interval": 2},
+            {"data": {"labelled": 0.3}, "local": {"lr": 0.02}},
+            one_client_is_central=False,
+        ),
+        Case("semifl", {"tau": 0.3}, {"data": {"server_per_class": 10}}, one_client_is_central=False),
         # Robust: with one client there is nothing to compare, so f = 0 where that is allowed at all.
         Case("median", {"f": 0}),
         Case("trimmed_mean", {"f": 0}),

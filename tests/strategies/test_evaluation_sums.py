@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flowerbed.clients.local_round import Metric
 from flowerbed.experiments.simulation import simulate
 from flowerbed.models import evaluation
 from flowerbed.models.tasks import Classification
 from flowerbed.strategies.aggregation import mean_metrics, summed_evaluation
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CLASSES = 4
 
