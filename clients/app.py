@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -122,9 +122,9 @@ class Worker:
     def _open(self, message: Message, context: Context, *, train: bool) -> LocalRound:
         """Decode the message, load the client's view, state and model."""
         client = int(_number(context.node_config, "partition-id"))
-        config = dict(next(iter(message.content.config_records.values()), ConfigRecord()))
+        config = messages.settings(message.content)
         round_ = int(_number(config, "server-round", 1))
-        received = {n: messages.tensors(r) for n, r in message.content.array_records.items()}
+        received = {n: messages.tensors(r) for n, r in messages.array_records(message.content).items()}
         stateful = self.spec.half.stateful or bool(self.private) or self.spec.local.persist
         # A training round reads what earlier rounds wrote; an evaluation also sees this round's training.
         before = round_ if train else round_ + 1

@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show the summary of a run or a sweep")
     show.add_argument("directory", type=Path, metavar="DIR")
     commands.add_parser(
-        "compare", add_help=False, help="run methods x seeds and compare them: compare strategy=A,B seeds=0,1,2"
+        "compare",
+        add_help=False,
+        help="run methods x seeds and compare them: compare strategy=A,B seeds=0,1,2",
     )
     commands.add_parser(
         "check", add_help=False, help="check a strategy against the platform's contract: check STRATEGY"

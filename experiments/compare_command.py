@@ -32,7 +32,7 @@ The methods are given in one of two ways, with the settings that all share besid
 The first method is the reference of the tests, unless --reference names another.
 
 A metric is that of the server's test set; clients:NAME is that of the clients' own test data, and needs
-evaluation.clients_every. The first metric of a list decides nothing more than the others.
+evaluation.clients_every.
 
 examples:
   flowerbed compare strategy=fedavg,fedprox seeds=0,1,2 strategy.fedprox.mu=0.1 \\

@@ -10,10 +10,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import (
@@ -52,7 +53,7 @@ def compose_simulations(
                 f"'{override.input_line}' gives several values. To run each of them add --multirun (-m); "
                 f"a list is written {override.key_or_group}=[a,b]."
             )
-        if override.is_delete() and "." in override.key_or_group:
+        if override.is_delete() and not override.key_or_group.startswith("hydra"):
             raise ConfigError(f"'{override.input_line}': a setting cannot be taken away; give it a value.")
     import_from_current_directory()
     hydra_schema.register(_chosen(parsed))
@@ -102,10 +103,8 @@ def one_value_each(parsed: Sequence[Override]) -> Iterator[list[str]]:
     for override in parsed:
         if not override.is_sweep_override():
             choices.append([str(override.input_line)])
-        elif override.is_discrete_sweep():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        # An interval belongs to a sweeper that draws from it; there is no value to check yet.
+        elif elements := _elements(override):
+            choices.append(elements)
     first = [values[0] for values in choices]
     yield first
     for position, values in enumerate(choices):
@@ -156,14 +155,28 @@ def _chosen(parsed: Sequence[Override]) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {kind: [] for kind in CHOICES}
     for override in parsed:
         kind = override.key_or_group
-        if kind not in CHOICES or override.value_type is None:
+        if kind not in CHOICES:
             continue
-        values = (
-            list(override.sweep_string_iterator()) if override.is_discrete_sweep() else [override.value()]
-        )
-        names = [value.strip("'\"") for value in values if isinstance(value, str)]
+        names = [value for value in _values(override) if isinstance(value, str)]
         chosen[kind] += [name for name in names if ":" in name or name in registry(kind).names()]
     return chosen
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the value of an override, or each of a sweep, without the grammar's quotes and escapes."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [element.value() for text in _elements(override) for element in parse([text])]
+
+
+def _elements(override: Override) -> list[str]:
+    """Return an override for each value of a sweep; [] where only its sweeper knows the values.
+
+    That is an interval, from which a sweeper draws, or a glob on names, all of which exist.
+    """
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _unknown_option(error: MissingConfigException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,7 +16,8 @@ from flowerbed import messages
 
 T = TypeVar("T", bound=Hashable)
 Metric = int | float | list[int] | list[float]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+"""Shape of every array, by stream and name."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,21 @@ def check_replies(
             fail(node, _error_kind(reason), reason)
         else:
             answered.append(reply)
-    sent = _sent_shapes(asked)
-    usual_metrics = _most_common([frozenset(_metrics(r)) for r in answered])
-    usual_shapes = _most_common([_shapes(r) for r in answered])
+    sent = _shapes(messages.array_records(asked[0].content)) if asked else {}
+    read = [_Read.of(reply) for reply in answered]
+    usual_metrics = _most_common([frozenset(r.metrics) for r in read]) or frozenset()
+    usual = _usual_shapes(read)
     usable: list[Message] = []
-    for reply in answered:
+    for one in read:
         problem = (
-            _metric_problem(reply, usual_metrics or frozenset(), weight_key)
-            or _shape_problem(reply, sent, usual_shapes or ())
-            or _number_problem(reply)
+            _metric_problem(one.metrics, usual_metrics, weight_key)
+            or _shape_problem(one.shapes, sent, usual)
+            or _number_problem(one.streams)
         )
         if problem is None:
-            usable.append(reply)
+            usable.append(one.message)
         else:
-            fail(reply.metadata.src_node_id, *problem)
+            fail(one.message.metadata.src_node_id, *problem)
     return Checked(usable, failures)
 
 
@@ -93,7 +96,7 @@ def first_non_finite(record: ArrayRecord) -> str | None:
             continue
         # A sum is finite only if every term is, and costs one pass; where it is not, finite terms may
         # have overflowed, so the terms decide.
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if not cmath.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             return name
     return None
 
@@ -110,25 +113,32 @@ def _error_kind(reason: str) -> str:
     return "raised"
 
 
-def _metrics(reply: Message) -> dict[str, Metric]:
-    merged: dict[str, Metric] = {}
-    for record in reply.content.metric_records.values():
-        merged.update(record)
-    return merged
+@dataclass(frozen=True)
+class _Read:
+    """A reply with its records read once."""
+
+    message: Message
+    streams: dict[str, ArrayRecord]
+    shapes: Shapes
+    metrics: dict[str, Metric]
+
+    @classmethod
+    def of(cls, reply: Message) -> _Read:
+        streams = messages.array_records(reply.content)
+        return cls(reply, streams, _shapes(streams), messages.metrics(reply.content))
 
 
-def _shapes(reply: Message) -> frozenset[tuple[str, Shapes]]:
-    return frozenset((stream, _record_shapes(r)) for stream, r in reply.content.array_records.items())
+def _shapes(streams: Mapping[str, ArrayRecord]) -> Shapes:
+    return {s: {name: tuple(a.shape) for name, a in record.items()} for s, record in streams.items()}
 
 
-def _record_shapes(record: ArrayRecord) -> Shapes:
-    return tuple((name, tuple(array.shape)) for name, array in record.items())
-
-
-def _sent_shapes(asked: Sequence[Message]) -> dict[str, dict[str, tuple[int, ...]]]:
-    if not asked:
-        return {}
-    return {s: dict(_record_shapes(r)) for s, r in asked[0].content.array_records.items()}
+def _usual_shapes(read: Sequence[_Read]) -> Shapes:
+    """Return the shapes that most replies have."""
+    if all(one.shapes == read[0].shapes for one in read):
+        return read[0].shapes if read else {}
+    keys = [frozenset((s, n, shape) for s, a in one.shapes.items() for n, shape in a.items()) for one in read]
+    common = _most_common(keys)
+    return next(one.shapes for one, key in zip(read, keys, strict=True) if key == common)
 
 
 def _most_common(values: Sequence[T]) -> T | None:
@@ -136,8 +146,9 @@ def _most_common(values: Sequence[T]) -> T | None:
     return Counter(values).most_common(1)[0][0] if values else None
 
 
-def _metric_problem(reply: Message, usual: frozenset[str], weight_key: str) -> tuple[str, str] | None:
-    found = _metrics(reply)
+def _metric_problem(
+    found: Mapping[str, Metric], usual: frozenset[str], weight_key: str
+) -> tuple[str, str] | None:
     missing = sorted((usual | {weight_key}) - found.keys())
     if missing:
         return "missing-metric", f"metric '{missing[0]}' is missing"
@@ -151,32 +162,29 @@ def _metric_problem(reply: Message, usual: frozenset[str], weight_key: str) -> t
     return None
 
 
-def _shape_problem(
-    reply: Message,
-    sent: Mapping[str, Mapping[str, tuple[int, ...]]],
-    usual: frozenset[tuple[str, Shapes]] | tuple[()],
-) -> tuple[str, str] | None:
-    for stream, record in reply.content.array_records.items():
-        for name, shape in _record_shapes(record):
+def _shape_problem(found: Shapes, sent: Shapes, usual: Shapes) -> tuple[str, str] | None:
+    for stream, shapes in found.items():
+        for name, shape in shapes.items():
             expected = sent.get(stream, {}).get(name)
             if expected is not None and shape != expected:
                 return "wrong-shape", f"'{name}' has shape {shape}, sent was {expected}"
-    usual_streams = {stream: dict(shapes) for stream, shapes in usual}
-    for stream, shapes in usual_streams.items():
-        if stream not in reply.content.array_records:
+    for stream, shapes in usual.items():
+        if stream not in found:
             return "missing-stream", f"stream '{stream}' is missing"
-        found = dict(_record_shapes(reply.content.array_records[stream]))
         for name, shape in shapes.items():
-            if found.get(name) != shape:
-                return "wrong-shape", f"'{name}' has shape {found.get(name)}, most replies have {shape}"
-        extra = sorted(found.keys() - shapes.keys())
+            if found[stream].get(name) != shape:
+                return (
+                    "wrong-shape",
+                    f"'{name}' has shape {found[stream].get(name)}, most replies have {shape}",
+                )
+        extra = sorted(found[stream].keys() - shapes.keys())
         if extra:
             return "wrong-shape", f"'{extra[0]}' is in no other reply"
     return None
 
 
-def _number_problem(reply: Message) -> tuple[str, str] | None:
-    for stream, record in reply.content.array_records.items():
+def _number_problem(streams: Mapping[str, ArrayRecord]) -> tuple[str, str] | None:
+    for stream, record in streams.items():
         name = first_non_finite(record)
         if name is not None:
             return "non-finite", f"'{name}' of stream '{stream}' holds NaN or infinity"

@@ -314,16 +314,8 @@ class FederatedStrategy(Strategy):
 def decode(message: Message) -> ClientReply:
     """Read a reply's records as tensors and metrics."""
     content = message.content
-    streams = {name: messages.tensors(record) for name, record in content.array_records.items()}
-    return ClientReply(message.metadata.src_node_id, streams, merged_metrics(content))
-
-
-def merged_metrics(content: RecordDict) -> dict[str, Metric]:
-    """Return the metrics of all metric records of a content together."""
-    merged: dict[str, Metric] = {}
-    for record in content.metric_records.values():
-        merged.update(record)
-    return merged
+    streams = {name: messages.tensors(record) for name, record in messages.array_records(content).items()}
+    return ClientReply(message.metadata.src_node_id, streams, messages.metrics(content))
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy")

@@ -54,11 +54,11 @@ from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 from flowerbed.strategies.aggregation import weighted_mean
 from flowerbed.strategies.base import STRATEGIES, ClientReply, Setting
-from flowerbed.strategies.fedavg import FedAvgParams
 from flowerbed.strategies.semi_supervised import (
+    JointParams,
     PseudoLabelFedAvg,
-    PseudoLabelParams,
     classes_of,
+    nothing_unlabelled,
     supervised_loss,
 )
 
@@ -68,7 +68,7 @@ OWN_VOTE = 1.5
 
 
 @dataclass(frozen=True)
-class FedMatchParams(PseudoLabelParams, FedAvgParams):
+class FedMatchParams(JointParams):
     """Hyper-parameters of FedMatch, and FedAvg's."""
 
     tau: float = 0.75
@@ -91,18 +91,14 @@ class FedMatchParams(PseudoLabelParams, FedAvgParams):
     """Rounds between two with helpers."""
     psi_factor: float = 0.2
     """psi_0 / sigma_0."""
-    mu: int = 7
-    """Unlabelled samples for each labelled one in a batch."""
 
     def __post_init__(self) -> None:
-        FedAvgParams.__post_init__(self)
-        PseudoLabelParams.__post_init__(self)
+        super().__post_init__()
         for name in ("lambda_s", "lambda_i", "lambda_a", "lambda_l2", "lambda_l1", "psi_factor", "H"):
             require(
                 getattr(self, name) >= 0, f"strategy.{name} is {getattr(self, name)}; give 0 (off) or more."
             )
-        for name in ("h_interval", "mu"):
-            require(getattr(self, name) >= 1, f"strategy.{name} is {getattr(self, name)}; give at least 1.")
+        require(self.h_interval >= 1, f"strategy.h_interval is {self.h_interval}; give at least 1.")
 
 
 class FedMatchHalf(ClientHalf):
@@ -151,10 +147,9 @@ class FedMatchHalf(ClientHalf):
         self, model: ModelParts, batch: Batch, helpers: Sequence[Tensors], task: Task
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the weighted consistency and pseudo-label losses, means over the kept samples."""
-        classes = classes_of(task)
         if not len(batch[WEAK]):
-            nobody = batch[TRUTH]
-            return batch[WEAK].new_zeros(()), pseudo_label_counts(nobody, nobody > 0, nobody, classes)
+            return nothing_unlabelled(batch, task)
+        classes = classes_of(task)
         weak = model(batch[WEAK])
         others = []
         for tensors in helpers:

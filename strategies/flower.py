@@ -28,7 +28,7 @@ from flowerbed.errors import ConfigError, RunError, unknown_name
 from flowerbed.registry import import_attribute
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies import aggregation
-from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting, decode, merged_metrics
+from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting, decode
 
 T = TypeVar("T")
 LOG = logging.getLogger("flwr")
@@ -245,11 +245,11 @@ def _build(class_: type[Strategy], params: FlowerParams, counts: Mapping[str, in
 
 
 def _train_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
-    return aggregation.mean_metrics([merged_metrics(content) for content in contents])
+    return aggregation.mean_metrics([messages.metrics(content) for content in contents])
 
 
 def _evaluation_metrics(contents: list[RecordDict], weight_key: str) -> MetricRecord:
-    return aggregation.summed_evaluation([merged_metrics(content) for content in contents])
+    return aggregation.summed_evaluation([messages.metrics(content) for content in contents])
 
 
 def _chain(strategy: Strategy) -> list[tuple[str, Strategy]]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -68,19 +67,28 @@ class PseudoLabelParams:
 
 
 @dataclass(frozen=True)
-class ConsistencyParams(PseudoLabelParams, FedAvgParams):
-    """FedAvg's parameters and those of a joint loss on labelled and unlabelled batches."""
+class JointParams(PseudoLabelParams, FedAvgParams):
+    """FedAvg's parameters and those of batches with labelled and unlabelled samples."""
 
-    lambda_u: float = 1.0
-    """Weight of the unlabelled loss."""
     mu: int = 7
     """Unlabelled samples for each labelled one in a batch."""
 
     def __post_init__(self) -> None:
         FedAvgParams.__post_init__(self)
         PseudoLabelParams.__post_init__(self)
-        require(self.lambda_u >= 0, f"strategy.lambda_u is {self.lambda_u}; give 0 (off) or more.")
         require(self.mu >= 1, f"strategy.mu is {self.mu}; give at least 1.")
+
+
+@dataclass(frozen=True)
+class ConsistencyParams(JointParams):
+    """Those, and the weight in the sum of two losses."""
+
+    lambda_u: float = 1.0
+    """Weight of the unlabelled loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lambda_u >= 0, f"strategy.lambda_u is {self.lambda_u}; give 0 (off) or more.")
 
 
 class ConsistencyHalf(ClientHalf):
@@ -104,10 +112,7 @@ class ConsistencyHalf(ClientHalf):
 
     def _unlabelled(self, model: ModelParts, batch: Batch, task: Task) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not len(batch[WEAK]):
-            nobody = batch[TRUTH]
-            return batch[WEAK].new_zeros(()), pseudo_label_counts(
-                nobody, nobody > 0, nobody, classes_of(task)
-            )
+            return nothing_unlabelled(batch, task)
         with torch.no_grad():
             weak = model(batch[WEAK])
         confidence, labels = weak.softmax(-1).max(-1)
@@ -125,24 +130,26 @@ class ConsistencyHalf(ClientHalf):
 
 
 class PseudoLabelFedAvg(FedAvg):
-    """FedAvg that reports the quality of pseudo-labels; its parameters are ``PseudoLabelParams`` as well."""
+    """FedAvg that reports the quality of pseudo-labels."""
+
+    params: JointParams
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)
         if setting.server is not None:
-            check_data(setting.server, self.params)
+            check_data(setting.server, self.params.strong)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         return with_rates(super().aggregate_train(server_round, replies))
 
 
-def check_data(server: ServerSide, params: Any) -> None:
+def check_data(server: ServerSide, strong: str) -> None:
     """Raise ``ConfigError`` if the run's data set has no classes, or no images although the strong view needs them."""
     classes_of(server.task)
     shape = server.dataset.input_shape
     require(
-        len(shape) == 3 or params.strong == "none" or params.strong not in AUGMENTATIONS,
-        f"strategy.strong={params.strong} is made for images and the inputs have shape {shape}; name an augmentation "
+        len(shape) == 3 or strong == "none" or strong not in AUGMENTATIONS,
+        f"strategy.strong={strong} is made for images and the inputs have shape {shape}; name an augmentation "
         "of your own (package.module:function), or none.",
     )
 
@@ -152,6 +159,13 @@ def supervised_loss(model: ModelParts, batch: Batch, task: Task) -> Tensor:
     if not len(batch["y"]):
         return batch["x"].new_zeros(())
     return task.loss(model(batch["x"]), batch["y"]).mean()
+
+
+def nothing_unlabelled(batch: Batch, task: Task) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Return the unlabelled loss and the counts of a batch without unlabelled samples: all zero."""
+    nobody = batch[TRUTH]
+    counts = pseudo_label_counts(nobody, nobody.bool(), nobody, classes_of(task))
+    return batch[WEAK].new_zeros(()), counts
 
 
 def classes_of(task: Task) -> int:

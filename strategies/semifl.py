@@ -155,7 +155,7 @@ class SemiFL(FederatedStrategy):
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)
-        check_data(labels_at_server(setting)[1], self.params)
+        check_data(labels_at_server(setting)[1], self.params.strong)
 
     def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
         return self._supervised(1, model)

@@ -141,6 +141,29 @@ def tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
     }
 
 
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return the array records of a message by name. Flower's views of the same name check every entry anew."""
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+
+
+def metrics(content: RecordDict) -> dict[str, int | float | list[int] | list[float]]:
+    """Return the entries of all metric records of a message together."""
+    merged: dict[str, int | float | list[int] | list[float]] = {}
+    for record in content.values():
+        if isinstance(record, MetricRecord):
+            merged.update(record.items())
+    return merged
+
+
+def settings(content: RecordDict) -> dict[str, Any]:
+    """Return the entries of all config records of a message together."""
+    merged: dict[str, Any] = {}
+    for record in content.values():
+        if isinstance(record, ConfigRecord):
+            merged.update(record.items())
+    return merged
+
+
 def nbytes(content: RecordDict) -> int:
     """Return the payload of ``content`` in bytes, without serialising anything.
 

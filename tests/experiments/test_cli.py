@@ -173,6 +173,7 @@ def test_a_users_own_config_dir(tmp_path: Path, fails: Fails) -> None:
         ("+federation.x=3", "Unknown key in federation 'x'. Known: clients, cohort, "),
         ("+rounds=3", "Unknown setting 'rounds'."),
         ("~federation.rounds", "a setting cannot be taken away"),
+        ("~model", "a setting cannot be taken away"),
         ("federation.rounds=many", "federation.rounds must be a whole number, got 'many'."),
         ("federation.rounds=2.5", "federation.rounds must be a whole number, got 2.5."),
         ("federation.rounds=null", "federation.rounds must be a whole number, got None."),
