@@ -31,6 +31,8 @@ from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import task_for
 
 METRICS = "metrics"
+OPTIMIZER_STEPS = "optimizer-steps"
+"""All steps of a round, as a cost; ``steps`` is what an algorithm counts for its own arithmetic."""
 CONFIG = "config"
 
 
@@ -104,6 +106,11 @@ class Worker:
         return self._close(message, local, reply)
 
     def query(self, message: Message, context: Context) -> Message:
+        request = self._request(message, context)
+        for transform in self.spec.transforms:
+            answer = transform.answer(request)
+            if answer is not None:
+                return _encoded(message, answer)
         local = self._open(message, context, train=True)
         return self._close(message, local, self.spec.half.query(local))
 
@@ -152,6 +159,16 @@ class Worker:
             open_initial=lambda: self.initial,
         )
 
+    def _request(self, message: Message, context: Context) -> Request:
+        config = messages.settings(message.content)
+        return Request(
+            client=int(_number(context.node_config, "partition-id")),
+            seed=self.spec.seed,
+            round=int(_number(config, "server-round", 1)),
+            phase=str(config.get("phase", "train")),
+            received={n: messages.tensors(r) for n, r in messages.array_records(message.content).items()},
+        )
+
     @torch.no_grad()
     def _load(self, received: dict[str, Tensor], state: ClientState) -> None:
         private = {n: self.initial[n] for n in self.private} | state.get("private", {}) if self.private else {}
@@ -176,7 +193,7 @@ class Worker:
         for name, stream in reply.streams.items():
             record: ArrayRecord = messages.array_record(stream)
             content[name] = record
-        content[METRICS] = MetricRecord(dict(reply.metrics))
+        content[METRICS] = MetricRecord({**reply.metrics, OPTIMIZER_STEPS: local.optimizer_steps})
         return Message(content, reply_to=message)
 
     def _data(self, client: int, *, test: bool = False) -> ClientData:

@@ -71,6 +71,8 @@ class LocalRound:
     device: torch.device
     deadline: float | None = None
     """``time.monotonic()`` after which training stops with an error."""
+    optimizer_steps: int = 0
+    """Made so far in this round, in however many trainings; ``train`` counts them."""
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
 

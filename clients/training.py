@@ -119,6 +119,7 @@ def train(
                     totals[name] = before + found.detach() * size
                 else:
                     counts[name] = counts[name] + found if name in counts else found
+    local.optimizer_steps += len(steps)
     if params.persist:
         local.state.update(optimizer_state(optimizer, moving, scope))
     return Trained(

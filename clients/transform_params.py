@@ -119,3 +119,34 @@ class ByzantineParams:
         require(self.target >= 0, f"byzantine.target is {self.target}; give a class number.")
         require(0 < self.poison <= 1, f"byzantine.poison is {self.poison}; give a share in (0, 1].")
         require(self.trigger >= 1, f"byzantine.trigger is {self.trigger}; give at least 1 pixel.")
+
+
+@dataclass(frozen=True)
+class SecureParams:
+    """Secure aggregation: the server sees the mean of the updates, not the updates."""
+
+    enabled: bool = False
+    neighbours: int = 0
+    """Clients with which each one shares masks and secrets (k), an even number; 0 means all."""
+    threshold: float = 0.67
+    """Share of the neighbours that must answer so that a client's masks can be removed (t / k)."""
+    clip: float = 4.0
+    """Largest size of a coordinate of an update; beyond it is clipped, see the metric ``secure-clipped``."""
+    bits: int = 22
+    """Bits to which a coordinate is rounded."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.neighbours >= 0 and self.neighbours % 2 == 0,
+            f"secure.neighbours is {self.neighbours}; give an even number, or 0 for all.",
+        )
+        require(
+            0.5 < self.threshold <= 1,
+            f"secure.threshold is {self.threshold}; give a share above 0.5 (else two halves of the neighbours could "
+            "be told different things) and at most 1.",
+        )
+        require(
+            math.isfinite(self.clip) and self.clip > 0,
+            f"secure.clip is {self.clip}; give a finite size above 0.",
+        )
+        require(1 <= self.bits <= 30, f"secure.bits is {self.bits}; give a number between 1 and 30.")

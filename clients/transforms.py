@@ -6,8 +6,25 @@ combine with every algorithm because no algorithm knows of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from flowerbed.clients.data import ClientData
 from flowerbed.clients.local_round import LocalRound, Reply
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message of type ``query`` that a transform may answer in the algorithm's place; it carries no model."""
+
+    client: int
+    seed: int
+    round: int
+    phase: str
+    received: Mapping[str, Mapping[str, Tensor]]
+    """Streams that the server sent, read-only."""
 
 
 class ClientTransform:
@@ -20,3 +37,7 @@ class ClientTransform:
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         """Return what the client sends; memory across rounds belongs in ``local.state``."""
         return reply
+
+    def answer(self, request: Request) -> Reply | None:
+        """Answer a query that is the transform's own business; None leaves it to the algorithm."""
+        return None

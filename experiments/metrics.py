@@ -1,7 +1,7 @@
 """What a run's records say in the end: its figures, by one rule for every method, and its cost.
 
-Cost is a result. Bytes are the payloads that were sent and received; steps are the optimizer steps of the
-clients whose replies were used; seconds are those of this machine. FLOPs are computed: ``step_flops`` times the
+Cost is a result. Bytes are the payloads that were sent and received; steps are all the optimizer steps of
+the clients whose replies were used; seconds are those of this machine. FLOPs are computed: ``step_flops`` times the
 steps.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowerbed.clients.app import OPTIMIZER_STEPS
 from flowerbed.clients.params import LocalParams
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.partitions import Partition
@@ -84,7 +85,7 @@ def cost(records: Sequence[Record], flops_per_step: float | None) -> dict[str, A
     """
     judging = [r for r in records if r.phase in (SERVER, CLIENTS)]
     training = [r for r in records if r.phase not in (SERVER, CLIENTS)]
-    reported = [r.metrics["steps"] for r in training if "steps" in r.metrics]
+    reported = [r.metrics[OPTIMIZER_STEPS] for r in training if OPTIMIZER_STEPS in r.metrics]
     steps = sum(reported) if reported else None
     return {
         "train": {

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -88,6 +88,28 @@ def thing(kind: str, name: str) -> Thing:
     entry = registry(kind).get(name)
     options, is_open = options_of(entry, skip=2 if kind == "model" else 0)
     return Thing(name, first_line(entry), options, is_open, {"name": name})
+
+
+def complete(kind: str, name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the stored name and all options of a choice: those given, and the defaults of the others.
+
+    So that the same run has the same description however it was asked for, and keeps it when a default
+    changes later. An option that does not exist is left for the thing itself to refuse.
+    """
+    found = thing(kind, name)
+    values = {o.name: _as_stored(o.default) for o in found.options if o.default is not REQUIRED}
+    preset = dict(found.preset)
+    stored = preset.pop("name", name)
+    given = dict(given)
+    if kind == "strategy" and name.startswith("flower:"):
+        # Short form: what is no setting of the wrapper is a keyword argument of the Flower class.
+        extra = {key: given.pop(key) for key in list(given) if key not in values}
+        given["options"] = {**given.get("options", {}), **extra}
+    return stored, {**values, **preset, **given}
+
+
+def _as_stored(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _strategy(name: str) -> Thing:

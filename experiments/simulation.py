@@ -31,8 +31,8 @@ from flowerbed.datasets.partitions import Partition, partition
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
-from flowerbed.experiments import figures, metrics, progress, tracking, transforms
-from flowerbed.experiments.config import IDENTITY, Choice, Simulation, build
+from flowerbed.experiments import figures, metrics, options, progress, tracking, transforms
+from flowerbed.experiments.config import CHOICES, IDENTITY, Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -157,6 +157,7 @@ def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
 def build_parts(simulation: Simulation, download_progress: Progress | None = None) -> Parts:
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work."""
     load_all()
+    simulation = completed(simulation)
     federation = simulation.federation
     strategy = build_strategy(simulation.strategy)
     dataset = load_dataset(
@@ -170,7 +171,7 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
     train, test = build_partitions(simulation, dataset)
     dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
-        simulation = replace(simulation, model=default_model(dataset))
+        simulation = completed(replace(simulation, model=default_model(dataset)))
     asked = ModelSpec(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
@@ -214,6 +215,15 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
     )
     initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
     return Parts(simulation, dataset, train, test, spec, strategy, initial)
+
+
+def completed(simulation: Simulation) -> Simulation:
+    """Return the simulation with every option of every choice written out; ``model=auto`` waits for the data."""
+    choices = {}
+    for kind in CHOICES:
+        choice: Choice = getattr(simulation, kind)
+        choices[kind] = Choice(*options.complete(kind, choice.name, choice.options))
+    return replace(simulation, **choices)
 
 
 def build_strategy(choice: Choice) -> FederatedStrategy:

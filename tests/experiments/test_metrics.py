@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowerbed.clients.app import OPTIMIZER_STEPS
 from flowerbed.clients.params import LocalParams
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.datasets.partitions import Partition
@@ -43,9 +44,9 @@ def test_what_an_evaluation_lacks_has_no_mean() -> None:
 
 def test_cost_by_hand() -> None:
     records = [
-        judged(1, "train", steps=7),
+        judged(1, "train", **{OPTIMIZER_STEPS: 7}),
         judged(1, CLIENTS, accuracy=1.0),
-        judged(2, "train", steps=3),
+        judged(2, "train", **{OPTIMIZER_STEPS: 3}),
         judged(2, SERVER, accuracy=1.0),
     ]
     found = metrics.cost(records, 100.0)
@@ -148,6 +149,16 @@ def test_the_summary_agrees_with_the_log(tmp_path: Path) -> None:
     )
     trained = [r for r in result.history if r.phase == "train"]
     cost = summary["cost"]["train"]
-    assert cost["client_steps"] == sum(r.metrics["steps"] for r in trained)
+    assert cost["client_steps"] == sum(r.metrics["steps"] for r in trained) > 0
     assert cost["bytes_up"] == sum(r.bytes_up for r in trained) < summary["bytes"]["up"]
     assert cost["flops"] == pytest.approx(cost["client_steps"] * summary["cost"]["flops_per_step"])
+
+
+def test_a_method_that_trains_twice_costs_twice() -> None:
+    def steps(strategy: str) -> int:
+        result = simulate(strategy=strategy, federation={"clients": 2, "rounds": 1}, grid={"device": "cpu"})
+        found: int = metrics.cost(result.history, None)["train"]["client_steps"]
+        return found
+
+    # Ditto trains the global and the personal model, one epoch each.
+    assert steps("ditto") == 2 * steps("fedavg") > 0

@@ -74,7 +74,7 @@ def weighted(weights: list[float]) -> float:
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 2.0])
 def test_ditto_reaches_the_known_personal_fixed_points(lambda_: float) -> None:
     params = DittoParams(lambda_=lambda_)
-    shared, states = on_quadratics(Ditto(params), QuadraticDitto(params), 100, TEN)
+    shared, states = on_quadratics(Ditto(params), QuadraticDitto(params), 25, TEN)
     assert shared == pytest.approx(0.598711121, abs=1e-9)
     for (a, b), state in zip(QUADRATICS, states, strict=True):
         expected = (a * b + lambda_ * shared) / (a + lambda_)
@@ -141,17 +141,6 @@ def test_apfl_adapts_alpha_by_hand() -> None:
     assert float(states[0]["mixing"]["alpha"]) > 0.5
 
 
-def test_the_mixture_converges_to_each_clients_own_minimum() -> None:
-    params = APFLParams(alpha=0.5, adaptive=False)
-    local = replace(TEN, lr=0.05)
-    shared, states = on_quadratics(APFL(params), QuadraticAPFL(params), 400, local)
-    for (a, b), state in zip(QUADRATICS, states, strict=True):
-        # During a round w slides from the shared model towards the client's minimum, and v follows: near, not at.
-        assert 0.5 * float(state["personal"]["w"]) + 0.5 * shared == pytest.approx(b, abs=0.2)
-        assert abs(0.5 * float(state["personal"]["w"]) + 0.5 * shared - b) < abs(shared - b)
-        assert a > 0
-
-
 def test_alpha_zero_is_fedavg_and_alpha_one_local_training() -> None:
     local = {"momentum": 0.9, "persist": True}
     none = worlds.run("apfl", {"alpha": 0.0, "adaptive": False}, local=local)
@@ -211,18 +200,18 @@ def test_apfl_keeps_batch_statistics_apart() -> None:
 # pFedMe.
 
 
-@pytest.mark.parametrize("steps", [1, 10])
-def test_pfedme_descends_the_moreau_envelopes(steps: int) -> None:
-    params = PFedMeParams(lambda_=1.0, eta=0.5, K=200)
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 25), (4, 10)])
+def test_pfedme_descends_the_moreau_envelopes(steps: int, rounds: int) -> None:
+    params = PFedMeParams(lambda_=1.0, eta=1.0, K=30)
     local = LocalParams(lr=0.2, batch_size=0, steps=steps)
-    shared, states = on_quadratics(PFedMe(params), QuadraticPFedMe(params), 40, local)
-    rates = [1 - (1 - 0.5 * a / (a + 1)) ** steps for a, _ in QUADRATICS]
-    assert shared == pytest.approx(weighted(rates), abs=1e-9)
+    shared, states = on_quadratics(PFedMe(params), QuadraticPFedMe(params), rounds, local)
+    rates = [1 - (1 - a / (a + 1)) ** steps for a, _ in QUADRATICS]
+    assert shared == pytest.approx(weighted(rates), abs=1e-6)
     if steps == 1:
-        # One step leaves the point where the envelopes' mean is least, that of FedProx.
-        assert shared == pytest.approx(0.6, abs=1e-9)
+        # With one step, the point where the envelopes' mean is least, that of FedProx.
+        assert shared == pytest.approx(0.6, abs=1e-6)
         for (a, b), state in zip(QUADRATICS, states, strict=True):
-            assert float(state["personal"]["w"]) == pytest.approx((a * b + shared) / (a + 1), abs=1e-9)
+            assert float(state["personal"]["w"]) == pytest.approx((a * b + shared) / (a + 1), abs=1e-6)
 
 
 def test_pfedme_by_hand_with_beta() -> None:
@@ -281,11 +270,11 @@ def test_pfedmes_inner_steps_share_a_batch() -> None:
 def test_per_fedavg_reaches_the_known_fixed_points(first_order: bool) -> None:
     params = PerFedAvgParams(alpha=0.2, first_order=first_order)
     slopes = [a * (1 - 0.2 * a) ** (1 if first_order else 2) for a, _ in QUADRATICS]
-    shared, _ = on_quadratics(PerFedAvg(params), QuadraticPerFedAvg(params), 300, ONE)
-    assert shared == pytest.approx(weighted(slopes), abs=1e-12)
+    shared, _ = on_quadratics(PerFedAvg(params), QuadraticPerFedAvg(params), 70, replace(ONE, lr=0.5))
+    assert shared == pytest.approx(weighted(slopes), abs=1e-9)
     rates = [1 - (1 - 0.1 * c) ** 10 for c in slopes]
-    shared, _ = on_quadratics(PerFedAvg(params), QuadraticPerFedAvg(params), 300, TEN)
-    assert shared == pytest.approx(weighted(rates), abs=1e-12)
+    shared, _ = on_quadratics(PerFedAvg(params), QuadraticPerFedAvg(params), 40, TEN)
+    assert shared == pytest.approx(weighted(rates), abs=1e-7)
 
 
 def test_without_adaptation_per_fedavg_is_fedavg() -> None:
@@ -542,5 +531,5 @@ def test_bad_parameters_are_named(strategy: str, options: dict[str, object], mes
 
 
 def test_fedavg_is_what_these_are_measured_against() -> None:
-    shared, _ = on_quadratics(FedAvg(), toys.QuadraticHalf(), 100, TEN)
+    shared, _ = on_quadratics(FedAvg(), toys.QuadraticHalf(), 25, TEN)
     assert shared == pytest.approx(0.598711121, abs=1e-9)

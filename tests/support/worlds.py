@@ -35,6 +35,12 @@ def bn_net(input_shape: tuple[int, ...], num_classes: int) -> Net:
     return Net(body, nn.Linear(8, num_classes), 8)
 
 
+def deep_head(input_shape: tuple[int, ...], num_classes: int) -> Net:
+    """Return a small network whose head has two layers."""
+    head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, num_classes))
+    return Net(nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 8)), head, 8)
+
+
 @dataclass(frozen=True)
 class World:
     """A finished run with everything that it left."""
