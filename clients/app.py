@@ -20,7 +20,7 @@ from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, ClientStore
-from flowerbed.clients.transforms import ClientTransform
+from flowerbed.clients.transforms import ClientTransform, Request
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.partitions import Partition
 from flowerbed.errors import ClientError
@@ -110,7 +110,7 @@ class Worker:
         for transform in self.spec.transforms:
             answer = transform.answer(request)
             if answer is not None:
-                return _encoded(message, answer)
+                return _encoded(message, answer, {})
         local = self._open(message, context, train=True)
         return self._close(message, local, self.spec.half.query(local))
 
@@ -189,12 +189,7 @@ class Worker:
             local.state["private"] = {n: self.resident[n].detach() for n in sorted(self.private)}
         if local.state:
             self.spec.store.write(local.client, local.clock.round, local.state)
-        content = RecordDict()
-        for name, stream in reply.streams.items():
-            record: ArrayRecord = messages.array_record(stream)
-            content[name] = record
-        content[METRICS] = MetricRecord({**reply.metrics, OPTIMIZER_STEPS: local.optimizer_steps})
-        return Message(content, reply_to=message)
+        return _encoded(message, reply, {OPTIMIZER_STEPS: local.optimizer_steps})
 
     def _data(self, client: int, *, test: bool = False) -> ClientData:
         dataset = self.spec.dataset
@@ -206,6 +201,15 @@ class Worker:
             for transform in self.spec.transforms:
                 data = transform.data(client, data)
         return data
+
+
+def _encoded(message: Message, reply: Reply, metrics: Mapping[str, Metric]) -> Message:
+    content = RecordDict()
+    for name, stream in reply.streams.items():
+        record: ArrayRecord = messages.array_record(stream)
+        content[name] = record
+    content[METRICS] = MetricRecord({**reply.metrics, **metrics})
+    return Message(content, reply_to=message)
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +42,7 @@ class SecureMasking(ClientTransform):
         position = _position(found["cipher"], secrets.cipher)
         if request.phase == SHARES:
             return _reply({"sealed": rows(self._seal(request, secrets, found["cipher"], position))})
-        return _reply({"shares": rows(_reveal(secrets, found, position))})
+        return _reply({"shares": rows(_reveal(secrets, found))})
 
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         secrets = Secrets.draw(local.seed, local.client, local.clock.round)
@@ -61,7 +62,9 @@ class SecureMasking(ClientTransform):
         streams: dict[str, dict[str, Tensor]] = {}
         for (stream, name), words in values.items():
             shape = reply.streams[stream][name].shape
-            streams.setdefault(MASKED + stream, {})[name] = torch.from_numpy(words.view(np.int32)).reshape(shape)
+            streams.setdefault(MASKED + stream, {})[name] = torch.from_numpy(words.view(np.int32)).reshape(
+                shape
+            )
         counters = {n: v for n, v in reply.streams[MODEL].items() if not v.is_floating_point()}
         if counters:
             streams[MODEL] = counters
@@ -81,9 +84,8 @@ class SecureMasking(ClientTransform):
         return sealed
 
 
-def _reveal(secrets: Secrets, found: dict[str, Tensor] | object, position: int) -> list[bytes]:
+def _reveal(secrets: Secrets, found: Mapping[str, Tensor]) -> list[bytes]:
     """Return, for every neighbour asked about, its share of its own mask or, if it dropped out, of its key."""
-    assert isinstance(found, dict)
     revealed = []
     asked = (found["position"].tolist(), found["dropped"].tolist(), found["sealed"])
     for sender, dropped, sealed in zip(*asked, strict=True):
@@ -94,9 +96,7 @@ def _reveal(secrets: Secrets, found: dict[str, Tensor] | object, position: int) 
     return revealed
 
 
-def quantise(
-    update: updates.Update, params: SecureParams, generator: torch.Generator
-) -> tuple[Ring, float]:
+def quantise(update: updates.Update, params: SecureParams, generator: torch.Generator) -> tuple[Ring, float]:
     """Return the update as integers 0 ... 2^bits - 1 over [-clip, clip], and the share that was clipped.
 
     Rounding is stochastic, so that the sum has no bias.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams
+from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams, SecureParams
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 
@@ -26,6 +26,7 @@ IDENTITY = (
     "local",
     "privacy",
     "byzantine",
+    "secure",
     "evaluation",
     "stop",
 )
@@ -163,6 +164,7 @@ class Simulation:
     local: LocalParams = field(default_factory=LocalParams)
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
+    secure: SecureParams = field(default_factory=SecureParams)
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -214,6 +216,7 @@ SECTIONS: dict[str, type] = {
     "local": LocalParams,
     "privacy": PrivacyParams,
     "byzantine": ByzantineParams,
+    "secure": SecureParams,
     "evaluation": EvaluationParams,
     "stop": StopParams,
     "data": DataParams,

@@ -32,7 +32,7 @@ from flowerbed.datasets.sources import load_dataset
 from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import figures, metrics, options, progress, tracking, transforms
-from flowerbed.experiments.config import CHOICES, IDENTITY, Choice, Simulation, build
+from flowerbed.experiments.config import IDENTITY, Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -219,11 +219,17 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
 
 def completed(simulation: Simulation) -> Simulation:
     """Return the simulation with every option of every choice written out; ``model=auto`` waits for the data."""
-    choices = {}
-    for kind in CHOICES:
-        choice: Choice = getattr(simulation, kind)
-        choices[kind] = Choice(*options.complete(kind, choice.name, choice.options))
-    return replace(simulation, **choices)
+
+    def whole(kind: str, choice: Choice) -> Choice:
+        return Choice(*options.complete(kind, choice.name, choice.options))
+
+    return replace(
+        simulation,
+        strategy=whole("strategy", simulation.strategy),
+        dataset=whole("dataset", simulation.dataset),
+        partition=whole("partition", simulation.partition),
+        model=whole("model", simulation.model),
+    )
 
 
 def build_strategy(choice: Choice) -> FederatedStrategy:

@@ -1,4 +1,4 @@
-"""What the configuration puts between clients, algorithm and server: privacy, and dishonest clients."""
+"""What the configuration puts between clients, algorithm and server: privacy, masks, and dishonest clients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.byzantine import attack_transforms, byzantine_clients, make_trigger
 from flowerbed.clients.privacy import LocalPrivacy
+from flowerbed.clients.secure import SecureMasking
 from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
 from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
@@ -24,14 +25,20 @@ from flowerbed.storage import Tensors
 from flowerbed.strategies.base import FederatedStrategy, ServerTransform
 from flowerbed.strategies.collusion import InnerProductManipulation
 from flowerbed.strategies.privacy import CentralPrivacy, LocalLedger
+from flowerbed.strategies.secure import SecureAggregation
 
 
 def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientTransform, ...]:
-    """Return every client's transforms; byzantine ones come last, since they need not keep to the others."""
+    """Return every client's transforms: what byzantine clients forge need not keep to the privacy of honest ones.
+
+    Masks come last, around whatever is sent.
+    """
     privacy, byzantine = simulation.privacy, simulation.byzantine
     members = byzantine_clients(byzantine, simulation.federation.clients, simulation.seed)
     honest = (LocalPrivacy(privacy.clip, privacy.noise),) if privacy.mode == "local" else ()
-    return (*honest, *attack_transforms(byzantine, members, dataset, simulation.seed))
+    attack = attack_transforms(byzantine, members, dataset, simulation.seed)
+    masking = (SecureMasking(simulation.secure),) if simulation.secure.enabled else ()
+    return (*honest, *attack, *masking)
 
 
 def server_transforms(
@@ -42,16 +49,18 @@ def server_transforms(
     Byzantine clients that collude come first: what they forge is what arrives.
     """
     federation, byzantine, privacy = simulation.federation, simulation.byzantine, simulation.privacy
+    asked = min(math.ceil(federation.wanted * (1 + federation.oversample)), federation.clients)
     found: list[ServerTransform] = []
+    if simulation.secure.enabled:
+        _require_maskable(simulation, strategy)
+        found.append(SecureAggregation(simulation.secure, simulation.seed, asked))
     if byzantine.attack == INNER_PRODUCT:
         members = byzantine_clients(byzantine, federation.clients, simulation.seed)
         found.append(InnerProductManipulation(frozenset(FIRST_NODE_ID + k for k in members), byzantine.scale))
     if privacy.mode != "none":
         _require_protectable(simulation, strategy, info)
     if privacy.mode == "central":
-        asked = math.ceil(federation.wanted * (1 + federation.oversample))
-        cohort = min(asked, federation.clients)
-        found.append(CentralPrivacy(privacy, simulation.seed, federation.clients, cohort))
+        found.append(CentralPrivacy(privacy, simulation.seed, federation.clients, asked))
     if privacy.mode == "local":
         found.append(LocalLedger(privacy))
     return tuple(found)
@@ -80,6 +89,31 @@ def _require_protectable(simulation: Simulation, strategy: FederatedStrategy, in
         mode == "central" or not simulation.federation.oversample,
         "privacy.mode=local counts the replies that are used; federation.oversample lets clients send others, so "
         "set it to 0.",
+    )
+
+
+def _require_maskable(simulation: Simulation, strategy: FederatedStrategy) -> None:
+    name = simulation.strategy.name
+    require(
+        not strategy.individual_replies,
+        f"secure.enabled hides the replies from the server, and strategy '{name}' needs each of them; choose another "
+        "strategy.",
+    )
+    asked = [phase.name for phase in strategy.phases(1) if phase.message_type != "train"]
+    require(
+        not asked,
+        f"secure.enabled masks updates, and strategy '{name}' also asks clients for statistics (phase {asked[:1]}); "
+        "choose another strategy.",
+    )
+    require(
+        simulation.privacy.mode != "central",
+        "privacy.mode=central clips every update on the server, which sees none with secure.enabled; use "
+        "privacy.mode=local.",
+    )
+    require(
+        simulation.byzantine.attack != INNER_PRODUCT,
+        "byzantine.attack=inner-product needs the honest updates, which nobody sees with secure.enabled; choose "
+        "another attack.",
     )
 
 

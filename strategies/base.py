@@ -109,6 +109,12 @@ class ServerTransform:
     transform's business unless it says so.
     """
 
+    def configure(self, server_round: int, asked: Sequence[Message], grid: Grid) -> None:
+        """Prepare a training round: exchange messages of one's own, add to the contents of those to be sent.
+
+        The messages of one round may share one content.
+        """
+
     def replies(
         self, server_round: int, current: Tensors, replies: list[ClientReply], parameters: frozenset[str]
     ) -> list[ClientReply]:
@@ -232,7 +238,10 @@ class FederatedStrategy(Strategy):
             content[name] = messages.array_record(stream)
         content[CONFIG] = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
         kind = self.phase.message_type
-        return [Message(content=content, dst_node_id=node, message_type=kind) for node in nodes]
+        asked = [Message(content=content, dst_node_id=node, message_type=kind) for node in nodes]
+        for transform in self.transforms:
+            transform.configure(server_round, asked, grid)
+        return asked
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -112,9 +112,16 @@ class FlowerStrategy(FederatedStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self.current = messages.tensors(arrays)
-        return self._seeded(
-            "configure train", server_round, lambda s: s.configure_train(server_round, arrays, config, grid)
+        asked = list(
+            self._seeded(
+                "configure train",
+                server_round,
+                lambda s: s.configure_train(server_round, arrays, config, grid),
+            )
         )
+        for transform in self.transforms:
+            transform.configure(server_round, asked, grid)
+        return asked
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -98,7 +98,7 @@ class SecureAggregation(ServerTransform):
         self._require_hidden(server_round, len(ring), "sent keys")
         cipher, mask = (torch.cat([keys[node][name] for node in ring]) for name in ("cipher", "mask"))
         self._round = _Round(grid, ring, cipher, mask)
-        shared = self._ask(grid, server_round, SHARES, dict.fromkeys(ring, {"cipher": cipher}))
+        shared = self._ask(grid, server_round, SHARES, {n: {"cipher": cipher} for n in ring})
         for position, node in enumerate(ring):
             if node in shared:
                 for reader, sealed in zip(self._around(position), shared[node]["sealed"], strict=True):
@@ -171,7 +171,9 @@ class SecureAggregation(ServerTransform):
         joined = {i: masking.join(found) for i, found in shares.items()}
         return {i: joined[i] for i in present}, {i: joined[i] for i in dropped}
 
-    def _mean(self, total: Ring, count: int, layout: Mapping[str, Tensors], current: Tensors) -> dict[str, Tensors]:
+    def _mean(
+        self, total: Ring, count: int, layout: Mapping[str, Tensors], current: Tensors
+    ) -> dict[str, Tensors]:
         """Return the model and the other streams that belong to a sum of quantised updates."""
         step = 2 * self.params.clip / (2**self.params.bits - 1)
         result: dict[str, Tensors] = {MODEL: {}}
@@ -197,7 +199,7 @@ class SecureAggregation(ServerTransform):
             self._bytes += messages.nbytes(content)
             sent.append(Message(content=content, dst_node_id=node, message_type="query"))
         answered: dict[int, Tensors] = {}
-        for reply in grid.send_and_receive(sent):
+        for reply in _unheard(grid, sent):
             if reply.has_content():
                 self._bytes += messages.nbytes(reply.content)
                 answered[reply.metadata.src_node_id] = messages.tensors(reply.content.array_records[SECURE])
@@ -213,6 +215,18 @@ class SecureAggregation(ServerTransform):
                 f"Round {server_round}: only {count} clients {did}, which hides nobody; ask more clients "
                 "(federation.cohort)."
             )
+
+
+def _unheard(grid: Grid, sent: Sequence[Message]) -> list[Message]:
+    """Exchange messages without the progress display, which counts the replies of the round itself."""
+    listener = getattr(grid, "on_reply", None)
+    if listener is None:
+        return list(grid.send_and_receive(sent))
+    grid.on_reply = None  # type: ignore[attr-defined]
+    try:
+        return list(grid.send_and_receive(sent))
+    finally:
+        grid.on_reply = listener  # type: ignore[attr-defined]
 
 
 def _sum_of(replies: Sequence[ClientReply]) -> Ring:

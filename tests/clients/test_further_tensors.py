@@ -43,7 +43,7 @@ def test_they_move_by_the_same_optimizer() -> None:
     extras = half.begin(local)
     train(local, half.loss, extras=extras, further=half.further(extras))
     # Gradients 2 (s - 100): -200 moves s to 50 with momentum -200; then -100 + 0.5 * -200 = -200 again.
-    assert float(extras["shift"]) == pytest.approx(100.0)
+    assert float(extras["shift"].detach()) == pytest.approx(100.0)
     plain = worlds.open_round(LocalParams(batch_size=0, lr=0.25, momentum=0.5, steps=2))
     train(plain, ClientHalf().loss, extras={})
     assert worlds.equal(dict(local.model.state_dict()), dict(plain.model.state_dict()))
@@ -56,7 +56,7 @@ def test_a_round_hands_them_to_the_training() -> None:
         def end(
             self, local: LocalRound, trained: object, extras: Extras
         ) -> Mapping[str, Mapping[str, Tensor]]:
-            seen.append(float(extras["shift"]))
+            seen.append(float(extras["shift"].detach()))
             return {}
 
     Watched().run(worlds.open_round(LocalParams(batch_size=0, lr=0.25, steps=1)))
@@ -69,7 +69,7 @@ def test_they_are_clipped_apart() -> None:
     extras = Shifted().begin(local)
     train(local, Shifted().loss, extras=extras, further=dict(extras))
     train(plain, ClientHalf().loss, extras={})
-    assert float(extras["shift"]) == pytest.approx(0.01, rel=1e-4)
+    assert float(extras["shift"].detach()) == pytest.approx(0.01, rel=1e-4)
     assert worlds.equal(dict(local.model.state_dict()), dict(plain.model.state_dict()))
 
 

@@ -63,7 +63,7 @@ def test_a_budget_of_steps_goes_on_through_the_epochs() -> None:
     straight = [order.rows(step).tolist() for step in range(9)]
     again = [BatchOrder(local, 10, seed=0, client=0).rows(step).tolist() for step in range(9)]
     assert straight == again
-    assert sorted(sum(straight[:3], [])) == list(range(10))
+    assert sorted(row for rows in straight[:3] for row in rows) == list(range(10))
 
 
 def test_clients_and_seeds_have_their_own_order() -> None:

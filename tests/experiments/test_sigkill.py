@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from flowerbed.experiments.simulation import load_simulation, resume, simulate
 from safetensors.torch import load_file
+
+from flowerbed.experiments.simulation import load_simulation, resume, simulate
 
 DIGITS: dict[str, Any] = {
     "model": {"name": "resnet8", "norm": "gn"},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from conformance_table import CASES
+
 from flowerbed.experiments.conformance import CHECKS, Case, check_ray_equals_in_process
 from flowerbed.strategies.base import STRATEGIES
 from flowerbed.strategies.loader import load_all
