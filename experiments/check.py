@@ -15,7 +15,7 @@ from flowerbed.experiments.composition import import_from_current_directory
 from flowerbed.experiments.config import CHOICES, SECTIONS
 from flowerbed.experiments.conformance import CHECKS, Case, check_ray_equals_in_process
 from flowerbed.experiments.failure import FAILED, first_line
-from flowerbed.experiments.simulation import build_strategy
+from flowerbed.experiments.parts import build_strategy
 
 EPILOG = """\
 OPTION=VALUE is an option of the strategy; SECTION.KEY=VALUE any setting of simulate, for a strategy that needs

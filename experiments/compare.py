@@ -21,7 +21,8 @@ from flowerbed.experiments import compare_report
 from flowerbed.experiments import metrics as summaries
 from flowerbed.experiments.comparison import FINISHED, ON_CLIENTS, Comparison, Metric, Run
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import build_parts, run_simulation
+from flowerbed.experiments.parts import build_parts
+from flowerbed.experiments.simulation import run_simulation
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, MetricsLog, Record
 
 SHARED = ("dataset", "data", "partition", "evaluation", "stop")

@@ -29,7 +29,8 @@ from flowerbed.errors import ConfigError, unknown_name
 from flowerbed.experiments import hydra_schema
 from flowerbed.experiments.config import CHOICES, Simulation
 from flowerbed.experiments.options import registry
-from flowerbed.experiments.simulation import build_strategy, load_simulation
+from flowerbed.experiments.parts import build_strategy
+from flowerbed.experiments.run_directory import load_simulation
 
 CONF = "flowerbed.experiments.conf"
 WANTED = {IntegerNode: "a whole number", FloatNode: "a number", BooleanNode: "true or false"}

@@ -100,7 +100,8 @@ class GridParams:
     workers: int = 2
     """Ray actors."""
     address: str | None = None
-    """Ray cluster: auto, or host:port; None starts a local one."""
+    """Ray cluster: auto, or host:port; None starts a local one. On several machines the run directory, where
+    clients keep their state, must lie on a file system that all of them see."""
     gpus_per_worker: float = 0.0
     """Share of a GPU that each actor reserves."""
     threads: int = 1

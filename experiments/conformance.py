@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flowerbed.clients.store import MemoryStore
 from flowerbed.experiments import simulation
 from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.parts import build_parts
 from flowerbed.server.grids.base import SimulationGrid
 from flowerbed.server.loop import RunResult
 from flowerbed.storage import Tensors
@@ -49,7 +50,9 @@ class Case:
         }
         for source in (self.settings, sections):
             for name, value in source.items():
-                both = isinstance(value, Mapping) and isinstance(base.get(name), Mapping) and "name" not in value
+                both = (
+                    isinstance(value, Mapping) and isinstance(base.get(name), Mapping) and "name" not in value
+                )
                 base[name] = {**base[name], **value} if both else value
         return Simulation.of(base)
 
@@ -64,7 +67,7 @@ def check_trains(case: Case) -> None:
     result = run(case)
     assert result.status == "completed", f"the run ended as {result.status}"
     assert not result.failures, f"a client failed: {result.failures[0]}"
-    initial = simulation.build_parts(case.simulation()).model
+    initial = build_parts(case.simulation()).model
     trained = [r for r in result.history if r.answered]
     assert trained, "no client was asked"
     for name, value in result.model.items():
@@ -97,7 +100,7 @@ def check_messages_round_trip(case: Case) -> None:
     """Every message may be turned into bytes and back, as on a real network, without changing a bit."""
     direct = run(case)
     simulated = case.simulation()
-    parts = simulation.build_parts(simulated)
+    parts = build_parts(simulated)
     with simulation.open_grid(parts, MemoryStore()) as grid:
         wired = simulation.make_federation(parts, cast(SimulationGrid, _Wired(grid))).run()
     assert_equal(direct.model, wired.model, "a message that went over a wire gives another model")

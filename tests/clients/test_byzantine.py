@@ -16,7 +16,8 @@ from flowerbed.clients.transform_params import ByzantineParams
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import build_parts, server_evaluator, simulate
+from flowerbed.experiments.parts import build_parts, server_evaluator
+from flowerbed.experiments.simulation import simulate
 from flowerbed.experiments.transforms import with_backdoor_success
 from flowerbed.server.loop import RunResult
 from flowerbed.strategies.base import ClientReply

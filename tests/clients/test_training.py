@@ -201,7 +201,8 @@ def test_bad_local_parameters_are_named(bad: dict[str, Any]) -> None:
 def test_hidden_labels_are_hidden_and_refused_by_supervised_strategies() -> None:
     from flowerbed.errors import RunError
     from flowerbed.experiments.config import Simulation
-    from flowerbed.experiments.simulation import build_parts, simulate
+    from flowerbed.experiments.parts import build_parts
+    from flowerbed.experiments.simulation import simulate
 
     settings: dict[str, Any] = {"data": {"labelled": 0.25}, "federation": {"clients": 3, "rounds": 1}}
     parts = build_parts(Simulation.of(settings))

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowerbed.experiments.simulation import load_simulation, resume, simulate
+from flowerbed.experiments.run_directory import load_simulation
+from flowerbed.experiments.simulation import resume, simulate
 
 DIGITS: dict[str, Any] = {
     "model": {"name": "resnet8", "norm": "gn"},

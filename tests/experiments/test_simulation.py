@@ -12,7 +12,9 @@ import yaml
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.composition import compose_simulations
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import build_parts, load_simulation, simulate
+from flowerbed.experiments.parts import build_parts
+from flowerbed.experiments.run_directory import load_simulation
+from flowerbed.experiments.simulation import simulate
 
 
 def identity(**settings: Any) -> str:
@@ -35,7 +37,11 @@ def test_a_flower_strategy_has_one_description() -> None:
 
 
 def test_the_stored_configuration_is_complete_and_makes_the_same_run(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"federation": {"clients": 4, "rounds": 2}, "partition": "dirichlet", "seed": 3}
+    settings: dict[str, Any] = {
+        "federation": {"clients": 4, "rounds": 2},
+        "partition": "dirichlet",
+        "seed": 3,
+    }
     first = simulate(**settings, run={"dir": str(tmp_path / "first")})
     stored = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
     assert stored["partition"]["alpha"] > 0

@@ -216,9 +216,10 @@ def test_private_state_follows_the_client_through_partial_participation(tmp_path
     """Each client counts its own rounds; the counts sent must be those of the sampler's draws."""
     from flowerbed.experiments import simulation as build
     from flowerbed.experiments.config import Simulation
+    from flowerbed.experiments.parts import build_parts
 
     settings = {"federation": {"clients": 5, "cohort": 2, "rounds": 6}, "evaluation": {"every": 0}}
-    parts = build.build_parts(Simulation.of(settings))
+    parts = build_parts(Simulation.of(settings))
     strategy = toys.with_half(parts.strategy, toys.CountingHalf())
     parts = replace(parts, strategy=strategy, spec=replace(parts.spec, half=strategy.half))
     store = DiskStore(tmp_path)

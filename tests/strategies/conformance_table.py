@@ -27,7 +27,11 @@ CASES = {
         Case("fedasync", settings={"federation": {"cohort": 1}}, one_client_is_central=False),
         Case("fedbuff", settings={"federation": {"cohort": 2}}, one_client_is_central=False),
         # Flower weighs in float32, w * (n / n): exact for one client, and it draws no one.
-        Case("flower", settings={"strategy": {"name": "flower", "flower": "FedAdam"}}, one_client_is_central=False),
+        Case(
+            "flower",
+            settings={"strategy": {"name": "flower", "flower": "FedAdam"}},
+            one_client_is_central=False,
+        ),
         # Personalised: with private parts the server's model is no central one.
         Case("local", one_client_is_central=False),
         Case("finetune", {"tune_epochs": 1}),

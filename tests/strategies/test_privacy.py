@@ -326,9 +326,7 @@ def test_private_runs_resume_to_the_same_bits(strategy: str, privacy: dict[str, 
 
 @pytest.mark.parametrize("strategy", ["median", "fedbuff", "flower:Krum", "norm_bounding"])
 def test_algorithms_that_need_each_reply_are_refused_centrally(strategy: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"strategy '{strategy}' needs each of them; use privacy.mode=local"
-    ):
+    with pytest.raises(ConfigError, match="needs each of them; use privacy.mode=local"):
         run(strategy=strategy, privacy={"mode": "central", "noise": 0.0})
     assert not run(strategy=strategy, privacy={"mode": "local", "noise": 0.0}).failures
 

@@ -23,7 +23,8 @@ from flowerbed.clients.transform_params import SecureParams
 from flowerbed.clients.transforms import ClientTransform, Request
 from flowerbed.errors import ClientError, ConfigError, RunError
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import build_parts, make_federation, open_grid, resume, simulate
+from flowerbed.experiments.parts import build_parts
+from flowerbed.experiments.simulation import make_federation, open_grid, resume, simulate
 from flowerbed.server.loop import RunResult
 from flowerbed.storage import Tensors
 

@@ -25,7 +25,8 @@ from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import build_parts, resume, simulate
+from flowerbed.experiments.parts import build_parts
+from flowerbed.experiments.simulation import resume, simulate
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts

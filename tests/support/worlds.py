@@ -17,7 +17,8 @@ from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, MemoryStore
 from flowerbed.experiments.config import Simulation
-from flowerbed.experiments.simulation import Parts, build_parts, make_federation, open_grid
+from flowerbed.experiments.parts import Parts, build_parts
+from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.models.base import ModelSpec, Net
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
