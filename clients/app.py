@@ -171,7 +171,7 @@ class Worker:
 
     @torch.no_grad()
     def _load(self, received: dict[str, Tensor], state: ClientState) -> None:
-        private = {n: self.initial[n] for n in self.private} | state.get("private", {}) if self.private else {}
+        private = {name: self.initial[name] for name in self.private} | state.get("private", {})
         for name, target in self.resident.items():
             source = private[name] if name in private else received.get(name)
             if source is None:

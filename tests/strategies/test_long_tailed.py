@@ -185,6 +185,8 @@ def test_prototypes_stay_and_do_not_travel_back() -> None:
     local = worlds.open_round(LocalParams(), spec=spec)
     reply = FedETFHalf(FedETFParams()).run(local)
     assert local.model.state_dict().keys() - reply.streams["arrays"].keys() == {"head.prototypes"}
+    start = local.received["arrays"]["head.prototypes"]
+    assert torch.equal(local.model.state_dict()["head.prototypes"], start)
 
 
 def test_the_model_is_drawn_from_the_seed_and_checked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,14 @@ import worlds
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowerbed.clients.data import ClientData
+from flowerbed.clients.data import Batch, ClientData
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import LocalRound
+from flowerbed.clients.local_round import Extras, LocalRound
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import MemoryStore
 from flowerbed.errors import ConfigError
 from flowerbed.models.parts import ModelParts
+from flowerbed.models.tasks import Task
 from flowerbed.strategies.apfl import APFL, APFLHalf, APFLParams, mixture
 from flowerbed.strategies.base import ClientReply, FederatedStrategy
 from flowerbed.strategies.ditto import Ditto, DittoHalf, DittoParams
@@ -322,15 +324,35 @@ def test_first_order_is_the_gradient_at_the_adapted_model() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_per_fedavg_evaluates_after_one_plain_step() -> None:
+def test_per_fedavg_evaluates_after_plain_steps() -> None:
     local = worlds.open_round(LocalParams(batch_size=0, lr=0.5, momentum=0.9, weight_decay=0.1))
-    personal = PerFedAvgHalf(PerFedAvgParams(alpha=0.3)).predictors(local)["personal"]
+    half = PerFedAvgHalf(PerFedAvgParams(alpha=0.3, adapt_steps=2))
+    personal = half.predictors(local)["personal"]
     x, y = local.train_data.x, local.train_data.y
-    slopes = torch.autograd.grad(F.cross_entropy(local.model(x), y), list(local.model.parameters()))
-    with torch.no_grad():
-        for parameter, slope in zip(local.model.parameters(), slopes, strict=True):
-            parameter -= 0.3 * slope
+    for _ in range(2):
+        slopes = torch.autograd.grad(F.cross_entropy(local.model(x), y), list(local.model.parameters()))
+        with torch.no_grad():
+            for parameter, slope in zip(local.model.parameters(), slopes, strict=True):
+                parameter -= 0.3 * slope
     torch.testing.assert_close(personal(x), local.model(x))
+
+
+def test_per_fedavg_takes_two_batches_a_step() -> None:
+    seen: list[list[int]] = []
+
+    class Spy(PerFedAvgHalf):
+        def loss(
+            self, model: ModelParts, batch: Batch, extras: Extras, task: Task
+        ) -> tuple[Tensor, Mapping[str, Tensor]]:
+            seen.extend([batch["inner index"].tolist(), batch["index"].tolist()])
+            return super().loss(model, batch, extras, task)
+
+    local = worlds.open_round(LocalParams(batch_size=5))
+    Spy(PerFedAvgParams()).run(local)
+    # Four steps on 20 samples in batches of five: two whole epochs, each sample twice.
+    assert len(seen) == 8
+    for epoch in (seen[:4], seen[4:]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(20))
 
 
 # FedRoD.
