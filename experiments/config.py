@@ -82,7 +82,8 @@ class DataParams:
     def __post_init__(self) -> None:
         require(0 <= self.labelled <= 1, f"data.labelled is {self.labelled}; give a share between 0 and 1.")
         require(
-            self.labels_per_class >= 0, f"data.labels_per_class is {self.labels_per_class}; give 0 (off) or more."
+            self.labels_per_class >= 0,
+            f"data.labels_per_class is {self.labels_per_class}; give 0 (off) or more.",
         )
         require(
             self.server_per_class >= 0,

@@ -109,7 +109,6 @@ class Checkpoints:
                 skipped.append(str(error))
         return None, skipped
 
-
     def resumable(self, identity: str) -> Checkpoint:
         """Return the newest whole checkpoint.
 

@@ -9,14 +9,14 @@ and once a round, at its start, if ``adaptive``:
            alpha_k <- clip(alpha_k - eta <v_k - w, grad F_k(m)>, 0, 1)   on the round's first batch.
 Server:    FedAvg on w.
 
-v_k starts from the run's initial model. Adapting alpha once a round, by plain gradient descent, keeps the momentum and
-weight decay of ``local``, which act on w and v_k, away from it. (The FedTorch implementation mixes outputs instead of parameters and adds a penalty; not here.)
-alpha = 0 is FedAvg; alpha = 1 is local training, both with ``adaptive=false``. The mixture has BatchNorm statistics
-of its own.
+v_k starts from the run's initial model. Adapting alpha once a round, by plain gradient descent, keeps the
+momentum and weight decay of ``local``, which act on w and v_k, away from it. (The FedTorch implementation
+mixes outputs instead of parameters and adds a penalty; not here.) alpha = 0 is FedAvg; alpha = 1 is local
+training, both with ``adaptive=false``. The mixture has BatchNorm statistics of its own.
 
-Evaluated are the received model (``""``) and alpha_k v_k + (1 - alpha_k) w with the received w (``personal``): after
-aggregation, before further local training. A client that never trained mixes the initial model.
-"""
+Evaluated are the received model (``""``) and alpha_k v_k + (1 - alpha_k) w with the received w
+(``personal``): after aggregation, before further local training. A client that never trained mixes the
+initial model."""
 
 from __future__ import annotations
 

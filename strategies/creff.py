@@ -1,7 +1,7 @@
 """CReFF: FedAvg, and a classifier re-trained on federated features.
 
-Reference: Shang et al., "Federated Learning on Heterogeneous and Long-Tailed Data via Classifier Re-Training with
-Federated Features", IJCAI 2022, Algorithm 1, equations (4) to (7).
+Reference: Shang et al., "Federated Learning on Heterogeneous and Long-Tailed Data via Classifier Re-Training
+with Federated Features", IJCAI 2022, Algorithm 1, equations (4) to (7).
 
 Client k:  g_kc = mean over its samples of class c of the gradient of CE by the weight of the *re-trained* head, at
            the received model's features; then FedAvg's local training of the received model (with its own head).
@@ -9,14 +9,14 @@ Server:    FedAvg on the models, bit for bit; g_c = plain mean of g_kc over the 
            federated features v (m for each class) by ``match_steps`` SGD steps at ``match_lr`` on
            sum_c sum_rows 1 - cos(gradient of CE at v_c, g_c); then a fresh linear head by SGD on v.
 
-The re-trained head takes the head's place in the model that is evaluated and delivered, and goes to the clients for
-the next round's gradients (the first round uses the model's own). Features persist over rounds; those of a class that
-no reply owns are left as they are.
+The re-trained head takes the head's place in the model that is evaluated and delivered, and goes to the
+clients for the next round's gradients (the first round uses the model's own). Features persist over rounds;
+those of a class that no reply owns are left as they are.
 
-Differences from the released code: it estimates g_kc from ten draws of at most 32 augmented (DSA) samples, here it is
-the mean over all of them; and its optimizer restarts are ours, one per round. Defaults are its own: m = 100, 100
-matching steps at 0.1, 300 epochs at 0.01 in batches of 32. Its experiments: 20 clients, 8 a round, 200 rounds of 10
-epochs, batch 32, lr 0.1, ResNet-8.
+Differences from the released code: it estimates g_kc from ten draws of at most 32 augmented (DSA) samples,
+here it is the mean over all of them; and its optimizer restarts are ours, one per round. Defaults are its
+own: m = 100, 100 matching steps at 0.1, 300 epochs at 0.01 in batches of 32. Its experiments: 20 clients, 8 a
+round, 200 rounds of 10 epochs, batch 32, lr 0.1, ResNet-8.
 
 Privacy: g_kc reveals sums of features by class. Evaluated is the model with the re-trained head.
 """

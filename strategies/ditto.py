@@ -1,14 +1,15 @@
 """Ditto: a personal model beside the shared one, held close to it.
 
-Reference: Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, Algorithm 1
-and equation (2); the solver of the shared objective is FedAvg.
+Reference: Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
+Algorithm 1 and equation (2); the solver of the shared objective is FedAvg.
 
 Client k:  1. w_k: FedAvg's local training from w_t, sent back;
            2. v_k <- v_k - eta (grad F_k(v_k) + lambda (v_k - w_t)), with w_t as it was received.
 Server:    FedAvg on w_k, bit for bit: the personal branch touches neither its weights nor its random streams.
 
-v_k starts from the run's initial model and keeps its momentum under ``local.persist``. The paper chooses lambda
-from {0.05, 0.1, 1, 2}, or for each client by validation loss; here it is one number. lambda = 0 is local training.
+v_k starts from the run's initial model and keeps its momentum under ``local.persist``. The paper chooses
+lambda from {0.05, 0.1, 1, 2}, or for each client by validation loss; here it is one number. lambda = 0 is
+local training.
 
 Evaluated are the received model (``""``) and v_k after the client's last training (``personal``).
 """

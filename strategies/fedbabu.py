@@ -8,12 +8,12 @@ Client k:  theta_k by local SGD on F_k(., h) from theta_t.
 Server:    theta_{t+1} = sum_k p_k theta_k.
 Evaluation: v_k = fine-tuning of the whole model (theta, h) on F_k for ``tune_epochs`` epochs (5 in the paper).
 
-The paper uses SGD with lr 0.1, momentum 0.9, divided by ten at one half and three quarters of the run; its code
-averages uniformly (``weighting=uniform``). The head is sent down with the model and not back up.
+The paper uses SGD with lr 0.1, momentum 0.9, divided by ten at one half and three quarters of the run; its
+code averages uniformly (``weighting=uniform``). The head is sent down with the model and not back up.
 
-Evaluated are the received model with the initial head (``""``, the paper's "initial accuracy") and the model that
-fine-tuning on the client's training data makes of it (``personal``); see ``flowerbed.strategies.finetune``.
-"""
+Evaluated are the received model with the initial head (``""``, the paper's "initial accuracy") and the model
+that fine-tuning on the client's training data makes of it (``personal``); see
+``flowerbed.strategies.finetune``."""
 
 from __future__ import annotations
 

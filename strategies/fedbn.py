@@ -1,11 +1,11 @@
 """FedBN: batch normalisation stays at the client.
 
-Reference: Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021,
-Algorithm 1.
+Reference: Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR
+2021, Algorithm 1.
 
 Model:     everything but batch normalisation (shared); its weights, biases and statistics (private to client k).
 Client k:  local SGD on F_k over both.
-Server:    averages what is shared, with p_k; the paper's code averages uniformly (``weighting=uniform``).
+Server:    averages what is shared, with p_k; the paper averages uniformly (``weighting=uniform``).
 
 Evaluated is, under both names, the received model with the client's own normalisation, before further local
 training; a client that never trained has the initial one. The server has no complete model to evaluate.

@@ -1,7 +1,7 @@
 """FedETF: all clients learn features for one fixed simplex classifier.
 
-Reference: Li et al., "No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with Synthetic and
-Fixed Classifier", ICCV 2023, equations (5) to (8).
+Reference: Li et al., "No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with
+Synthetic and Fixed Classifier", ICCV 2023, equations (5) to (8).
 
 Model:     logits s normalise(P f(x)) M with body f, projection P (d, D), learned scale s (1 at the start) and a
            fixed random simplex M (d, C), M^T M = C/(C-1) (I - 11^T/C). It takes the head's place in the given model.
@@ -11,12 +11,12 @@ Server:    FedAvg on f, P and s; M is sent down with the model and never back.
 Evaluation: personal models by fine-tuning f, P and s with plain CE for ``tune_epochs``, then ``alternations`` times
            M for ``alternate_epochs`` at ``prototype_lr`` and P for as many at ``projection_lr``.
 
-Defaults are the released code's (20 times 3 epochs at 0.1 and 0.05; it trains with lr 0.04, momentum 0.9, weight
-decay 5e-4, 3 epochs, batch 128). That is 121 epochs for each evaluated client: evaluate the clients only at the end.
+Defaults are the released code's (20 times 3 epochs at 0.1 and 0.05; it trains with lr 0.04, momentum 0.9,
+weight decay 5e-4, 3 epochs, batch 128). That is 121 epochs for each evaluated client: evaluate the clients
+only at the end.
 
-Evaluated are the received model (``""``) and the model that this fine-tuning on the client's training data makes of
-it (``personal``).
-"""
+Evaluated are the received model (``""``) and the model that this fine-tuning on the client's training data
+makes of it (``personal``)."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ Model:     body theta (shared) and head h_k (private to client k); the paper's K
 Client k:  (theta_k, h_k) by local SGD on F_k, both at once, from (theta_t, h_k).
 Server:    theta_{t+1} = sum_k p_k theta_k, p_k = n_k / sum_j n_j.
 
-Heads start from the run's initial model, the same on all clients. Evaluated is, under both names, the received
-body with the client's own head: after aggregation and before further local training, as in the paper. A client
-that never trained has its initial head. The server has no complete model to evaluate.
-"""
+Heads start from the run's initial model, the same on all clients. Evaluated is, under both names, the
+received body with the client's own head: after aggregation and before further local training, as in the
+paper. A client that never trained has its initial head. The server has no complete model to evaluate."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ Client k:  whole model by SGD on CE + lambda ||f(x) - C_y||^2 / d, the mean squa
 Server:    C_c = sum_k n_kc C_kc / sum_k n_kc over the replies that own c (``weighting=uniform``: plain mean, as in
            the released code); a class that no reply owns keeps its prototype.
 
-Models start from the run's initial one and may drift apart as they like; here all have one architecture. The released
-code collects C_kc while the last epoch still moves the model; here it is taken afterwards, in evaluation mode.
+Models start from the run's initial one and may drift apart as they like; here all have one architecture. The
+released code collects C_kc while the last epoch still moves the model; here it is taken afterwards, in
+evaluation mode.
 
-Evaluated are the client's own model with its own head (``""``), and the paper's rule (``personal``): the nearest C_c
-among the classes in the client's training data, by f of its own model. Both before further local training; classes
-absent from the training data are never predicted. The server has no model to evaluate.
-"""
+Evaluated are the client's own model with its own head (``""``), and the paper's rule (``personal``): the
+nearest C_c among the classes in the client's training data, by f of its own model. Both before further local
+training; classes absent from the training data are never predicted. The server has no model to evaluate."""
 
 from __future__ import annotations
 

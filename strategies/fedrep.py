@@ -9,10 +9,10 @@ Client k:  1. h_k by ``head_epochs`` epochs of SGD on F_k(theta_t, .), body froz
 Server:    theta_{t+1} = sum_k p_k theta_k.
 
 ``head_epochs=10`` and ``local.epochs=1`` are the released code's; the paper averages uniformly
-(``weighting=uniform``), its code by examples. A round therefore makes more local steps than FedAvg's with the
-same ``local`` section: compare at equal ``steps``. Both trainings have clocks of their own for data order and
-schedule. The released code lets BatchNorm statistics of the frozen body move in step 1; here a frozen part keeps
-its buffers too, although the forward pass normalises by the batch.
+(``weighting=uniform``). A round therefore makes more local steps than FedAvg's with the same ``local``
+section: compare at equal ``steps``. Both trainings have clocks of their own for data order and schedule. The
+released code lets BatchNorm statistics of the frozen body move in step 1; here a frozen part keeps its
+buffers too, although the forward pass normalises by the batch.
 
 Evaluated is what FedPer evaluates: the received body with the client's own head, before local training.
 """

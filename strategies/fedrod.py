@@ -8,13 +8,12 @@ Client k:  f, G by SGD on CE(G(f(x)) + log n_k, y), balanced softmax with the cl
            h_k by SGD on CE(sg[G(f(x))] + h_k(sg[f(x)]), y), sg = no gradient, in the same steps.
 Server:    FedAvg on f and G.
 
-The paper's balanced risk minimisation may be any class-balanced loss; its experiments use balanced softmax. Counts
-of absent classes are taken as one. h_k starts at zero, so that a client that never trained predicts generically
-(the paper does not say); its optimizer is that of ``local``, clipped apart from the model.
+The paper's balanced risk minimisation may be any class-balanced loss; its experiments use balanced softmax.
+Counts of absent classes are taken as one. h_k starts at zero, so that a client that never trained predicts
+generically (the paper does not say); its optimizer is that of ``local``, clipped apart from the model.
 
-Evaluated are the received model's G(f(x)) (``""``) and G(f(x)) + h_k(f(x)) with the received f, G (``personal``):
-after aggregation, before further local training.
-"""
+Evaluated are the received model's G(f(x)) (``""``) and G(f(x)) + h_k(f(x)) with the received f, G
+(``personal``): after aggregation, before further local training."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """FedAvg with local fine-tuning afterwards: the plainest personalised method, and a strong one.
 
-Reference: Yu, Bagdasaryan and Shmatikov, "Salvaging Federated Learning by Local Adaptation", 2020, section 4
+Reference: Yu, Bagdasaryan and Shmatikov, "Salvaging Federated Learning by Local Adaptation", 2020
 ("fine-tuning"); Cheng, Chadha and Duchi, "Fine-tuning is Fine in Federated Learning", 2021.
 
 Training is FedAvg's, bit for bit. Client k, when it evaluates: v_k = w after ``tune_epochs`` epochs of
 SGD on F_k with the local parameters at a constant learning rate ``tune_lr``.
 
-Evaluated are the received model (``""``) and the model that this fine-tuning on the client's training data makes
-of it (``personal``). It is made anew for each evaluation and not kept: set ``evaluation.clients_every`` to the
-number of rounds to pay for it only once.
-"""
+Evaluated are the received model (``""``) and the model that this fine-tuning on the client's training data
+makes of it (``personal``). It is made anew for each evaluation and not kept: set ``evaluation.clients_every``
+to the number of rounds to pay for it only once."""
 
 from __future__ import annotations
 

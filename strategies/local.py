@@ -1,12 +1,11 @@
 """Local training only: every client trains a model of its own and nothing is shared.
 
-The control that every personalised method must beat. Client k: v_k <- v_k - eta grad F_k(v_k), for as many steps
-a round as in any other method, starting from the run's initial model; a round in which it is not asked trains
-nothing, so ask all clients (``federation.cohort=0``) for the usual figure.
+The control that every personalised method must beat. Client k: v_k <- v_k - eta grad F_k(v_k), for as many
+steps a round as in any other method, starting from the run's initial model; a round in which it is not asked
+trains nothing, so ask all clients (``federation.cohort=0``) for the usual figure.
 
-Nothing but metrics travels. Evaluated is each client's own model after its last training, under both names; the
-server has no model to evaluate.
-"""
+Nothing but metrics travels. Evaluated is each client's own model after its last training, under both names;
+the server has no model to evaluate."""
 
 from __future__ import annotations
 

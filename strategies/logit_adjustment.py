@@ -1,17 +1,17 @@
 """Balanced softmax, or logit adjustment, in every client's training.
 
-References: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, equation (4);
-Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation (10).
+References: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, equation
+(4); Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation (10).
 
 Client k:  loss CE(z + tau log n, y) with logits z and class counts n; the outputs used to predict are z alone.
 Server:    FedAvg.
 
-``tau = 1`` is balanced softmax, ``tau = 0`` FedAvg, bit for bit. Counts of absent classes are taken as one, as in
-the released code of FedETF: log 0 would silently forbid a class. Scaling all counts changes nothing.
+``tau = 1`` is balanced softmax, ``tau = 0`` FedAvg, bit for bit. Counts of absent classes are taken as one,
+as in the released code of FedETF: log 0 would silently forbid a class. Scaling all counts changes nothing.
 
-Where n comes from is open in a federation. ``prior=local`` counts the client's own labels; nothing more is sent.
-``prior=global`` uses the sum over all clients that have answered so far, which costs their privacy C numbers;
-until the first answers are in, round 1 trains without adjustment.
+Where n comes from is open in a federation. ``prior=local`` counts the client's own labels; nothing more is
+sent. ``prior=global`` uses the sum over all clients that have answered so far, which costs their privacy C
+numbers; until the first answers are in, round 1 trains without adjustment.
 
 Evaluated is the received model.
 """

@@ -9,10 +9,10 @@ with H_k the Hessian: the gradient by w of the meta-loss F_k(w - alpha grad F_k(
 twice. ``first_order`` leaves H_k out (the paper's "FO"). The outer rate eta (the paper's beta) is ``local.lr``.
 Server:    FedAvg; the paper averages uniformly (``weighting=uniform``).
 
-The paper draws a third batch for H_k, which makes its estimate unbiased; here, as in most implementations, H_k
-and the inner gradient share D. Its "HF" variant approximates H_k by differences and is not needed with automatic
-differentiation. Step i of the run uses the batches 2i and 2i + 1 of the client's order; a round therefore makes as
-many steps as FedAvg's on twice as many samples.
+The paper draws a third batch for H_k, which makes its estimate unbiased; here, as in most implementations,
+H_k and the inner gradient share D. Its "HF" variant approximates H_k by differences and is not needed with
+automatic differentiation. Step i of the run uses the batches 2i and 2i + 1 of the client's order; a round
+therefore makes as many steps as FedAvg's on twice as many samples.
 
 alpha = 0 is FedAvg on the batches D'. Evaluated are the received model (``""``) and the model after
 ``adapt_steps`` plain SGD steps of size alpha on the client's training data (``personal``).

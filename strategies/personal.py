@@ -1,9 +1,9 @@
 """What the personalised methods share: second models on a client, local fine-tuning, and their checks.
 
-The evaluation of every method reports two predictors on a client's own test samples (which follow its training
-distribution, see ``flowerbed.datasets.subsets``; no class is masked): ``""``, the model that all clients share,
-and ``personal``, the client's own. Where a method has no shared model, both are the client's own.
-"""
+The evaluation of every method reports two predictors on a client's own test samples (which follow its
+training distribution, see ``flowerbed.datasets.subsets``; no class is masked): ``""``, the model that all
+clients share, and ``personal``, the client's own. Where a method has no shared model, both are the client's
+own."""
 
 from __future__ import annotations
 

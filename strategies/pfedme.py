@@ -8,15 +8,14 @@ Client k, from w_k = w_t, for each of the round's S steps (one batch each):
            w_k <- w_k - eta lambda (w_k - theta_k).
 Server:    w_{t+1} = (1 - beta) w_t + beta mean_k w_k, over the replies, uniformly; beta is ``server_lr``.
 
-theta starts a round at w_t and each inner problem where the last one ended, as in the released code, whose
-defaults are lambda = 15, eta = 0.005, K = 5, beta = 1 and an inner learning rate (``local.lr``) of 0.09. A round
-costs K S gradients; a learning-rate schedule applies to the inner steps. The inner problem's curvature is at least
-lambda, so an inner rate above 2 / lambda diverges and one near 1 / lambda is fast. BatchNorm statistics travel with
-w_k.
+theta starts a round at w_t and each inner problem where the last one ended, as in the released code, which also
+takes one batch for each w-step. The paper tunes its parameters; the defaults are of the size that it uses, with an
+inner rate (``local.lr``) below 0.1. A round costs K S gradients; a learning-rate schedule applies to the inner
+steps. The inner problem's curvature is at least lambda, so an inner rate above 2 / lambda diverges and one near
+1 / lambda is fast. BatchNorm statistics travel with w_k.
 
-Evaluated are the received model (``""``) and theta_k as the client's last training left it (``personal``); a client
-that never trained has the run's initial model.
-"""
+Evaluated are the received model (``""``) and theta_k as the client's last training left it (``personal``); a
+client that never trained has the run's initial model."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
 Reference: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020,
 section 4.1, equation (2).
 
-Training is FedAvg's, bit for bit. The model that is evaluated and delivered has W_c / ||W_c||^tau in place of each
-row W_c of its linear head; training goes on with the original one.
+Training is FedAvg's, bit for bit. The model that is evaluated and delivered has W_c / ||W_c||^tau in place of
+each row W_c of its linear head; training goes on with the original one.
 
-The rows of frequent classes grow longest, which biases the prediction towards them; tau = 1 makes all lengths equal,
-tau = 0 changes nothing. The paper leaves the bias out (``keep_bias=false``) and chooses tau by validation.
+The rows of frequent classes grow longest, which biases the prediction towards them; tau = 1 makes all lengths
+equal, tau = 0 changes nothing. The released code leaves the bias out (``keep_bias=false``) and tries tau from
+0 to 2.
 
 Evaluated is the renormalised model, on the server and by the clients.
 """
@@ -36,7 +37,7 @@ class TauNormParams(FedAvgParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.tau <= 1, f"strategy.tau is {self.tau}; give a number in [0, 1].")
+        require(self.tau >= 0, f"strategy.tau is {self.tau}; give 0 (keep the rows) or more.")
 
 
 def tau_normalised(weight: torch.Tensor, tau: float) -> torch.Tensor:

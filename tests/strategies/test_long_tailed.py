@@ -348,7 +348,7 @@ def test_creffs_head_learns() -> None:
     [
         ("logit_adjustment", {"tau": -1.0}, "strategy.tau is -1"),
         ("logit_adjustment", {"prior": "none"}, "strategy.prior is 'none'"),
-        ("tau_norm", {"tau": 1.5}, "strategy.tau is 1.5"),
+        ("tau_norm", {"tau": -0.5}, "strategy.tau is -0.5"),
         ("fedetf", {"d": -1}, "strategy.d is -1"),
         ("fedetf", {"d": 9}, "10 classes need as many dimensions, got 9"),
         ("fedetf", {"tune_epochs": 0}, "strategy.tune_epochs is 0"),
