@@ -68,8 +68,9 @@ def train(
     """Run optimizer steps on the resident model, in place.
 
     ``loss(parts, batch, extras, task)`` is differentiated in each step; of what it reports beside its value,
-    integer tensors are counts and add up, others are averaged. Parameters named in ``frozen`` do not move, those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped
-    apart from them. By default the steps are those of this round on the client's own batches: ``params``
+    integer tensors are counts and add up, others are averaged. Parameters named in ``frozen`` do not move;
+    those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped apart
+    from them. By default the steps are those of this round on the client's own batches: ``params``
     replaces the local parameters and brings a clock of its own, ``steps`` replaces the clocks, ``batches``
     (clock to batch) the data. With ``params.persist`` the optimizer state and the modules' random stream come
     from and return to ``local.state``; ``scope`` keeps several trainings of one round apart there.

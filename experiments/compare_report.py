@@ -139,7 +139,8 @@ def notes(comparison: Comparison) -> list[str]:
     """Return what a reader must know to read the tables."""
     count = len(comparison.seeds)
     said = [
-        f"Mean and difference: ± is the two-sided {100 * paired.LEVEL:.0f} % interval by Student's t over {count} seeds. "
+        f"Mean and difference: ± is the two-sided {100 * paired.LEVEL:.0f} % interval by Student's t over {count} "
+        "seeds. "
         "The difference is to the reference, seed by seed."
         if count > 1
         else "One seed: there is no interval and no test, and a difference may be chance.",

@@ -15,9 +15,9 @@ carry twice the bytes of FedAvg. y travels in place of y - x, which says the sam
 K eta_l is replaced by the true weight of the round's gradients (``flowerbed.clients.gradient_weight``), so that
 c_i+ of option II is a mean gradient also with momentum, Nesterov momentum and learning-rate schedules. That
 needs SGD, and momentum that starts anew each round. Option I walks through the data once more in batches of
-``local.batch_size``, not augmented, with modules in training mode but without touching BatchNorm's statistics. Control variates
-belong to parameters; BatchNorm statistics are averaged. A reply that is lost after training leaves c and that
-client's c_i apart by its dc_i / N.
+``local.batch_size``, not augmented, with modules in training mode but without touching BatchNorm's statistics.
+Control variates belong to parameters; BatchNorm statistics are averaged. A reply that is lost after training
+leaves c and that client's c_i apart by its dc_i / N.
 
 Defaults: option II and eta_g = 1, as in the paper's experiments. ``weighting`` concerns the models only.
 """

@@ -200,7 +200,8 @@ def test_a_default_run_directory_is_never_shared(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_the_run_with_130_and_a_summary(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowerbed.experiments.cli", "simulate", *QUICK[:1], "federation.rounds=100000", "run.checkpoint_every=0",
+        [sys.executable, "-m", "flowerbed.experiments.cli", "simulate", *QUICK[:1],
+         "federation.rounds=100000", "run.checkpoint_every=0",
          "run.dir=run"],
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
         stdout=subprocess.PIPE,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from flowerbed.clients.app import ClientSpec
 from flowerbed.clients.data import Batch
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import Extras, LocalRound, Trained
+from flowerbed.clients.local_round import Extras, LocalRound, Reply, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientStore, MemoryStore
 from flowerbed.datasets.dataset import Dataset, Split
@@ -76,6 +78,17 @@ class CountingHalf(ClientHalf):
         before = local.state.get("count", {}).get("rounds", torch.zeros((), dtype=torch.int64))
         local.state["count"] = {"rounds": before + 1}
         return {**super().end(local, trained, extras), "count": {"rounds": (before + 1).double()}}
+
+
+class KillsItsWorkerOnce(CountingHalf):
+    """Client 7 takes its process down in round 2, the first time; afterwards a file says that it did."""
+
+    def run(self, local: LocalRound) -> Reply:
+        marker = Path(self.params)
+        if local.client == 7 and local.clock.round == 2 and not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return super().run(local)
 
 
 def with_half(strategy: FederatedStrategy, half: ClientHalf) -> FederatedStrategy:
