@@ -40,6 +40,7 @@ PUT_BYTES: Final = 1 << 16
 # A call should take about this long: much more than its overhead (a millisecond or two), much less than a
 # round, so that workers finish together and progress is seen.
 CALL_SECONDS: Final = 0.1
+LEAST_CALL_SECONDS: Final = 0.005
 # A call's replies should not hold more than this in shared memory at once.
 CALL_BYTES: Final = 1 << 28
 # While nothing is known about the speed of clients, each worker gets about this many calls of a round.
@@ -307,7 +308,9 @@ class RayGrid(SimulationGrid):
         pace = self._pace.get(self._queue[0].message.metadata.message_type)
         if pace is None:
             return max(1, waiting // (self.workers * FIRST_CALLS_PER_WORKER))
-        fair = math.ceil(waiting / idle)
+        # Dividing work that is shorter than a call's own overhead only adds overhead.
+        worthwhile = int(LEAST_CALL_SECONDS / max(pace.seconds, 1e-9))
+        fair = max(math.ceil(waiting / idle), min(waiting, worthwhile))
         by_time = int(CALL_SECONDS / max(pace.seconds, 1e-9))
         by_memory = int(CALL_BYTES / max(pace.reply_bytes, 1.0))
         return max(1, min(fair, by_time, by_memory))
