@@ -150,10 +150,15 @@ def build_strategy(choice: Choice) -> FederatedStrategy:
     return FlowerStrategy(FlowerParams(flower=choice.name, options=dict(choice.options)))
 
 
+def first_label(labels: Tensor) -> Tensor:
+    """Return the class by which a sample is dealt out and drawn: its label, or that of its first position."""
+    return labels if labels.ndim == 1 else labels[:, 0]
+
+
 def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partition, Partition]:
     """Return the clients' shares of the training set and the matching shares of the test set."""
     labels, domains = dataset.train.labels, dataset.train.extras.get("domain")
-    by_class = labels if labels.ndim == 1 else labels[:, 0]
+    by_class = first_label(labels)
     _, kept = divide_with_server(simulation, dataset)
     share = partition(
         simulation.partition.name,
@@ -166,15 +171,13 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
     if kept is not None:
         share = replace(share, samples=kept.numpy()[share.samples])
     counts = share.class_counts(by_class, dataset.num_classes)
-    test_labels = dataset.test.labels
-    test_by_class = test_labels if test_labels.ndim == 1 else test_labels[:, 0]
-    return share, matched_test_partition(test_by_class, counts, simulation.seed)
+    return share, matched_test_partition(first_label(dataset.test.labels), counts, simulation.seed)
 
 
 def divide_with_server(simulation: Simulation, dataset: Dataset) -> tuple[Tensor, Tensor | None]:
     """Return the training samples of the server, and those that the clients share; None means all of them."""
     labels, data = dataset.train.labels, simulation.data
-    by_class = labels if labels.ndim == 1 else labels[:, 0]
+    by_class = first_label(labels)
     kept: Tensor | None = None
     if data.imbalance > 1:
         kept = torch.from_numpy(long_tail(by_class, dataset.num_classes, data.imbalance, simulation.seed))

@@ -24,7 +24,7 @@ import yaml
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import figures, metrics
 from flowerbed.experiments.config import IDENTITY, Simulation
-from flowerbed.experiments.parts import Parts
+from flowerbed.experiments.parts import Parts, first_label
 from flowerbed.server.callbacks import CLIENTS, SERVER, MetricsLog
 from flowerbed.server.loop import RunResult
 from flowerbed.storage import atomic_write
@@ -128,8 +128,7 @@ def write_summary(
 def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
     """Draw the run's pictures from its partition and its metrics; returns the files."""
     simulation, dataset = parts.simulation, parts.dataset
-    labels = dataset.train.labels
-    counts = parts.train.class_counts(labels if labels.ndim == 1 else labels[:, 0], dataset.num_classes)
+    counts = parts.train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
     title = f"{simulation.strategy.name} on {dataset.name}, {simulation.partition.name}"
     return figures.draw(directory / "figures", log.records(), counts, dataset.classes, title)
 
