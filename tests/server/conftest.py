@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -70,13 +69,12 @@ def toy_factory() -> Callable[[], ClientApp]:
 
 
 @pytest.fixture(scope="session")
-def ray_runtime() -> Iterator[bool]:
-    """Start Ray; the value says whether Python's global generator was left as it was."""
+def ray_runtime() -> Iterator[None]:
+    """Start Ray once for the whole session."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install flowerbed[simulation]")
-    before = random.getstate()
     # Room for the grid of the session beside one of a single test, whatever this machine has.
     ray_grid.ensure_runtime(None, workers=4, gpus_per_worker=0.0)
-    yield random.getstate() == before
+    yield
     ray_grid.shutdown()
 
 
@@ -86,7 +84,7 @@ def toy() -> Callable[[], ClientApp]:
 
 
 @pytest.fixture(scope="session")
-def ray_pair(ray_runtime: bool, toy: Callable[[], ClientApp]) -> Iterator[ray_grid.RayGrid]:
+def ray_pair(ray_runtime: None, toy: Callable[[], ClientApp]) -> Iterator[ray_grid.RayGrid]:
     """Ten clients on two workers; tests may kill the workers but not quarantine clients."""
     with ray_grid.RayGrid(toy, 10, workers=2, run_config={"lr": 0.1}) as grid:
         yield grid

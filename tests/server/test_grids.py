@@ -199,7 +199,7 @@ def run_fedavg(grid: Grid) -> tuple[list[bytes], dict[int, Any]]:
     return [a.data for a in result.arrays.values()], metrics
 
 
-def test_stock_fedavg_gives_the_same_bits_on_both_grids(ray_runtime: bool) -> None:
+def test_stock_fedavg_gives_the_same_bits_on_both_grids(ray_runtime: None) -> None:
     from flowerbed.server.grids.ray_grid import RayGrid
 
     reference = run_fedavg(InProcessGrid(stock_factory(), 8))
