@@ -22,6 +22,7 @@ from flowerbed.clients.training import (
     Hooks,
     StepGradients,
     backpropagate,
+    of_one_call,
     own_batches,
     train,
 )
@@ -67,11 +68,12 @@ class ClientHalf:
         """Return where the batches of a round come from, by clock: by default all of the client's samples."""
         return own_batches(local, local.local)
 
+    @of_one_call
     def loss(
         self, model: ModelParts, batch: Batch, extras: Extras, task: Task
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the scalar loss of a batch and further scalars to report. Pure."""
-        return task.loss(model(batch["x"]), batch["y"]).mean(), {}
+        return task.mean_loss(model(batch["x"]), batch["y"]), {}
 
     def estimate(self, compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:
         """Return loss, metrics and gradients of a step; ``compute()`` evaluates the loss where it stands.
@@ -90,6 +92,8 @@ class ClientHalf:
 
     def end(self, local: LocalRound, trained: Trained, extras: Extras) -> Mapping[str, Mapping[str, Tensor]]:
         """Return the streams to send and update ``local.state``. By default the model, but what is private."""
+        if local.lent is not None:
+            return {MODEL: local.lent}
         return {MODEL: shared_model(local, self.private(local.info))}
 
     # The round level.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowerbed import seeds
 from flowerbed.clients.data import Batch, ClientData
+from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
 from flowerbed.models.info import ModelInfo
@@ -23,6 +24,8 @@ Extras = Mapping[str, Any]
 """What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
 Metric = int | float | list[int] | list[float]
 
+EARLIER = "earlier-rounds"
+"""Setting of a message: rounds of the run before the first that ``server-round`` counts (a statistics phase)."""
 MODEL = "arrays"
 """The stream that carries the model; Flower's own strategies use the same name."""
 
@@ -73,6 +76,13 @@ class LocalRound:
     """``time.monotonic()`` after which training stops with an error."""
     optimizer_steps: int = 0
     """Made so far in this round, in however many trainings; ``train`` counts them."""
+    version: int = 0
+    """The round of the run, also where the clock counts training rounds only: what ``state`` is kept under."""
+    lent: Mapping[str, Tensor] | None = None
+    """The resident model's own shared tensors, to be sent in place of copies; given where whoever takes the reply
+    reads it before the model moves on."""
+    fast: FastLayers | None = None
+    """The fast forms of the model's layers, which ``train`` then uses where it may; None is the strict engine."""
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
 
@@ -118,6 +128,8 @@ class Step:
     """The model after the step; change its parameters only in place and under ``torch.no_grad``."""
     extras: Extras
     task: Task
+    products: Mapping[str, Tensor] = field(default_factory=dict)
+    """By-products of the loss: the floating tensors with dimensions that it returned beside its scalars, detached."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +157,7 @@ class Reply:
 
 def shared_model(local: LocalRound, private: frozenset[str]) -> Tensors:
     """Return a copy of the model's current parameters and buffers without the private ones."""
-    return {
-        name: value.detach().clone()
-        for name, value in local.model.state_dict(keep_vars=True).items()
-        if name not in private
-    }
+    # Asking the module anew would walk its whole tree for every client.
+    state = local.parts.state if local.parts.module is local.model else local.model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        return {name: value.clone() for name, value in state.items() if name not in private}

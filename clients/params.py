@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from flowerbed.errors import require
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "cosine", "exponential")
+ENGINES = ("strict", "fast")
+PRECISIONS = ("float32", "bfloat16")
+SCHEDULES = ("constant", "cosine", "exponential", "multistep")
+ENDS_WITH_THE_RUN = ("cosine", "multistep")
+"""Schedules that depend on the number of rounds of the run."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,24 @@ class LocalParams:
     nesterov: bool = False
     weight_decay: float = 0.0
     schedule: str = "constant"
-    """constant; cosine (to zero at the end of the run, per step); exponential (``lr * lr_decay**(t - 1)``)."""
+    """constant; cosine (to zero at the end of the run, per step); exponential (``lr * lr_decay**(t - 1)``);
+    multistep (times ``lr_decay`` at every milestone)."""
     lr_decay: float = 1.0
-    """Factor a round of the exponential schedule."""
+    """Factor a round of the exponential schedule, or a milestone of the multistep one."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the run's steps after which the multistep schedule lowers the learning rate."""
     clip_norm: float = 0.0
     """Largest gradient norm of a step; 0 means no clipping."""
     persist: bool = False
     """Keep optimizer state and module generators across rounds (makes one client equal a central run)."""
     augment: str = "none"
     """Name of a batch augmentation, see ``flowerbed.datasets.augment``."""
+    engine: str = "strict"
+    """strict: a client's steps are a plain PyTorch loop to the bit. fast, on CPUs, for losses that are the task's own:
+    large dense layers and dropout are computed another way (``flowerbed.clients.engine_fast``); a round's update
+    then differs by rounding, about 1e-5 of its length, and dropout draws other masks."""
+    precision: str = "float32"
+    """bfloat16: local steps compute the model in that type, by autocast; weights, losses and updates stay float32."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"local.epochs is {self.epochs}; give at least 1.")
@@ -55,6 +68,14 @@ class LocalParams:
         require(
             self.optimizer in OPTIMIZERS,
             f"local.optimizer is '{self.optimizer}'; choose from {', '.join(OPTIMIZERS)}.",
+        )
+        require(
+            self.engine in ENGINES,
+            f"local.engine is '{self.engine}'; choose from {', '.join(ENGINES)}.",
+        )
+        require(
+            self.precision in PRECISIONS,
+            f"local.precision is '{self.precision}'; choose from {', '.join(PRECISIONS)}.",
         )
         require(
             self.schedule in SCHEDULES,
@@ -72,6 +93,11 @@ class LocalParams:
         require(self.weight_decay >= 0, f"local.weight_decay is {self.weight_decay}; give 0 or more.")
         require(self.clip_norm >= 0, f"local.clip_norm is {self.clip_norm}; give 0 (off) or more.")
         require(self.lr_decay > 0, f"local.lr_decay is {self.lr_decay}; give a number above 0.")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        require(
+            all(0 < share < 1 for share in self.milestones),
+            f"local.milestones is {list(self.milestones)}; give shares of the run between 0 and 1.",
+        )
 
     def batches_per_epoch(self, examples: int) -> int:
         """Return how many steps one pass over ``examples`` samples takes."""
@@ -90,4 +116,8 @@ class LocalParams:
             return 0.5 * self.lr * (1 + math.cos(math.pi * step / (steps_per_round * rounds)))
         if self.schedule == "exponential":
             return float(self.lr * self.lr_decay ** (step // steps_per_round))
+        if self.schedule == "multistep":
+            # Rounded, so that a share such as 0.7 of 10 steps ends with the seventh.
+            ends = (round(share * steps_per_round * rounds) for share in self.milestones)
+            return float(self.lr * self.lr_decay ** sum(step >= end for end in ends))
         return self.lr

@@ -44,6 +44,9 @@ class SecureMasking(ClientTransform):
             return _reply({"sealed": rows(self._seal(request, secrets, found["cipher"], position))})
         return _reply({"shares": rows(_reveal(secrets, found))})
 
+    def statistics(self, local: LocalRound, reply: Reply) -> Reply:
+        return self.reply(local, reply)
+
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         secrets = Secrets.draw(local.seed, local.client, local.clock.round)
         found = local.received[SECURE]
@@ -65,7 +68,7 @@ class SecureMasking(ClientTransform):
             streams.setdefault(MASKED + stream, {})[name] = torch.from_numpy(words.view(np.int32)).reshape(
                 shape
             )
-        counters = {n: v for n, v in reply.streams[MODEL].items() if not v.is_floating_point()}
+        counters = {n: v for n, v in reply.streams.get(MODEL, {}).items() if not v.is_floating_point()}
         if counters:
             streams[MODEL] = counters
         return replace(reply, streams=streams, metrics={**reply.metrics, "secure-clipped": clipped})
@@ -140,7 +143,7 @@ def _floating(reply: Reply) -> frozenset[str]:
             f"stream '{stream or MODEL}' does not hold real numbers alone; this strategy and model do not "
             "combine with secure.enabled"
         )
-    return frozenset(n for n, v in reply.streams[MODEL].items() if v.is_floating_point())
+    return frozenset(n for n, v in reply.streams.get(MODEL, {}).items() if v.is_floating_point())
 
 
 def _reply(tensors: dict[str, Tensor]) -> Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ ClientState = TensorGroups
 """Groups of one client: "private", "optimizer", "generator", and a strategy's own."""
 
 _VERSION = re.compile(r"round-(\d+)\.safetensors")
+_NOTES = re.compile(r"round-(\d+)\.")
+WRITTEN = "written"
 
 
 class ClientStore(Protocol):
@@ -67,10 +70,18 @@ class DiskStore:
 
     Picklable: an actor opens the same directory. Files are written beside their final name and renamed,
     so a killed process leaves a whole version or none.
+
+    Every process notes in ``written/round-T.<process>`` which clients it wrote in round T, before it writes them.
+    So pruning looks at the clients of the rounds that have passed, each once, and never at all of them.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
+        self._notes: tuple[str, int] | None = None
+        """The path and the descriptor of the file of notes that this process writes."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self.root, "_notes": None}
 
     def _folder(self, client: int) -> Path:
         # Two levels, so that a directory never holds more than about a thousand entries of a million clients.
@@ -87,26 +98,57 @@ class DiskStore:
         return load_groups(folder / _file(rounds[-1])) if rounds else {}
 
     def write(self, client: int, round_: int, state: ClientState) -> None:
+        self._note(client, round_)
         folder = self._folder(client)
         folder.mkdir(parents=True, exist_ok=True)
         save_groups(folder / _file(round_), state)
 
     def rewind(self, to_round: int) -> None:
-        for folder in self.root.glob("*/*"):
+        for folder in self.root.glob("[0-9]*/*"):
             for round_ in self._rounds(folder):
                 if round_ > to_round:
                     (folder / _file(round_)).unlink()
+        for notes, round_ in self._noted():
+            if round_ > to_round:
+                notes.unlink(missing_ok=True)
 
     def prune(self, keep_round: int) -> None:
-        for folder in self.root.glob("*/*"):
-            rounds = self._rounds(folder)
-            for round_ in rounds:
-                if round_ < _oldest_needed(rounds, keep_round):
-                    (folder / _file(round_)).unlink()
+        for notes, round_ in self._noted():
+            if round_ <= keep_round:
+                for client in set(notes.read_text().split()):
+                    self._prune_client(int(client), keep_round)
+                notes.unlink(missing_ok=True)
+
+    def _prune_client(self, client: int, keep_round: int) -> None:
+        folder = self._folder(client)
+        rounds = self._rounds(folder)
+        oldest = _oldest_needed(rounds, keep_round)
+        for round_ in rounds:
+            if round_ < oldest:
+                (folder / _file(round_)).unlink(missing_ok=True)
+
+    def _note(self, client: int, round_: int) -> None:
+        path = str(self.root / WRITTEN / f"{_stem(round_)}.{socket.gethostname()}-{os.getpid()}")
+        if self._notes is None or self._notes[0] != path or not os.path.exists(path):
+            if self._notes is not None:
+                os.close(self._notes[1])
+            os.makedirs(self.root / WRITTEN, exist_ok=True)
+            self._notes = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(self._notes[1], f"{client}\n".encode())
+
+    def _noted(self) -> list[tuple[Path, int]]:
+        """Return the files of notes with their rounds."""
+        folder = self.root / WRITTEN
+        names = os.listdir(folder) if folder.is_dir() else []
+        return [(folder / name, int(m[1])) for name in names if (m := _NOTES.match(name))]
+
+
+def _stem(round_: int) -> str:
+    return f"round-{round_:06d}"
 
 
 def _file(round_: int) -> str:
-    return f"round-{round_:06d}.safetensors"
+    return f"{_stem(round_)}.safetensors"
 
 
 def _oldest_needed(rounds: Iterable[int], keep_round: int) -> int:

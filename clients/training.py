@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flowerbed import seeds
-from flowerbed.clients.data import LABELLED, Batch, BatchOrder, ClientData
+from flowerbed.clients.data import LABELLED, Batch, BatchOrder, BatchReader, ClientData
+from flowerbed.clients.engine_rules import Gradients, clip, update_rule
 from flowerbed.clients.local_round import Extras, LocalRound, Step, Trained
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.store import ClientState
 from flowerbed.datasets.augment import AUGMENTATIONS, Scale
 from flowerbed.errors import ClientError
 from flowerbed.models.parts import ModelParts
@@ -24,7 +25,6 @@ from flowerbed.storage import Tensors
 Loss = Callable[[ModelParts, Batch, Extras, Task], tuple[Tensor, Mapping[str, Tensor]]]
 Compute = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 """Evaluates the loss of the current batch at the current parameters: (loss, further scalars)."""
-Gradients = Mapping[str, Tensor | None]
 StepGradients = tuple[Tensor, Mapping[str, Tensor], Gradients]
 """Loss, further scalars, and the gradient of each parameter (None where the loss does not depend on it)."""
 Estimate = Callable[[Compute, Mapping[str, Tensor]], StepGradients]
@@ -32,7 +32,6 @@ Correct = Callable[[Tensors, Mapping[str, Tensor], Extras], Tensors]
 AfterStep = Callable[[Step], None]
 Batches = Callable[[int], Batch]
 
-OPTIMIZER_GROUP = "optimizer"
 GENERATOR_GROUP = "generator"
 
 
@@ -68,7 +67,8 @@ def train(
     """Run optimizer steps on the resident model, in place.
 
     ``loss(parts, batch, extras, task)`` is differentiated in each step; of what it reports beside its value,
-    integer tensors are counts and add up, others are averaged. Parameters named in ``frozen`` do not move;
+    integer tensors are counts and add up, other scalars are averaged, and other tensors (by-products such as the
+    outputs) go to ``after_step`` and no further. Parameters named in ``frozen`` do not move;
     those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped apart
     from them. By default the steps are those of this round on the client's own batches: ``params``
     replaces the local parameters and brings a clock of its own, ``steps`` replaces the clocks, ``batches``
@@ -81,55 +81,106 @@ def train(
     else:
         clock = replace(clock, steps=params.steps_per_round(len(local.train_data)))
     steps = clock.all_steps if steps is None else steps
-    own = {name: p for name, p in local.model.named_parameters() if name not in frozen}
-    for name, parameter in local.model.named_parameters():
+    own = {name: p for name, p in local.parts.parameters.items() if name not in frozen}
+    for name, parameter in local.parts.parameters.items():
         parameter.requires_grad_(name in own)
     for tensor in further.values():
         tensor.requires_grad_()
     moving = {**own, **further}
-    optimizer = make_optimizer(params, moving)
+    rule = update_rule(params, moving)
     if params.persist:
-        restore_optimizer(optimizer, moving, local.state, scope)
+        rule.restore(local.state, scope)
     batches = batches or own_batches(local, params)
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    visits = 0
+    parts = replace(local.parts, low=torch.bfloat16) if params.precision == "bfloat16" else local.parts
+    fast = local.fast if hasattr(loss, ONE_CALL) and hooks.estimate is None else None
+    estimate = hooks.estimate or backpropagate
+    if fast is not None and rule.plain and hooks.correct is None and not (further or params.clip_norm):
+        estimate = fast.descend
+    reported = _Reported()
     lr = params.lr
     local.model.train()
-    with module_stream(local, params.persist, scope):
+    with contextlib.ExitStack() as stack:
+        # Where nothing can draw, seeding for it and putting the generators back is spared.
+        quiet = hasattr(loss, ONE_CALL) and hooks == Hooks() and isinstance(batches, BatchReader)
+        if local.parts.draws or not quiet:
+            stack.enter_context(module_stream(local, params.persist, scope))
+        if fast is not None:
+            stack.enter_context(fast.applied())
         for index in steps:
             if local.deadline is not None and time.monotonic() > local.deadline:
                 raise TimeLimitError(f"time limit exceeded after {index - steps.start} steps")
             batch = batches(index)
             lr = params.lr_at(index, clock.steps, clock.rounds)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            value, metrics = _set_gradients(local, loss, batch, extras, hooks, moving)
+            if fast is not None:
+                fast.lr = lr
+
+            def compute(batch: Batch = batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+                return loss(parts, batch, extras, local.task)
+
+            value, metrics, gradients = estimate(compute, moving)
+            if hooks.correct is not None:
+                gradients = _corrected(hooks.correct, gradients, moving, extras)
             if params.clip_norm:
-                for tensors in (own, further):
-                    torch.nn.utils.clip_grad_norm_(tensors.values(), params.clip_norm)
-            optimizer.step()
+                for names in (own, further):
+                    clip(gradients, names, params.clip_norm)
+            rule.step(gradients, lr)
             if hooks.after_step is not None:
-                hooks.after_step(Step(index, lr, batch, local.parts, extras, local.task))
+                products = {n: v.detach() for n, v in metrics.items() if v.ndim and v.is_floating_point()}
+                hooks.after_step(Step(index, lr, batch, local.parts, extras, local.task, products))
             # A step on unlabelled samples alone still counts.
-            size = max(len(batch["y"]), 1)
-            visits += size
-            for name, found in {"loss": value, **metrics}.items():
-                if found.is_floating_point():
-                    before = totals.get(name, torch.zeros((), device=local.device))
-                    totals[name] = before + found.detach() * size
-                else:
-                    counts[name] = counts[name] + found if name in counts else found
+            reported.add(
+                {"loss": value, **metrics} if metrics else {"loss": value}, max(batch["y"].shape[0], 1)
+            )
     local.optimizer_steps += len(steps)
     if params.persist:
-        local.state.update(optimizer_state(optimizer, moving, scope))
+        local.state.update(rule.state(scope))
     return Trained(
         steps=len(steps),
         examples=len(local.train_data),
         lr=lr,
-        metrics={name: float(total) / visits for name, total in totals.items()},
-        counts={name: count.tolist() for name, count in counts.items()},
+        metrics=reported.means(),
+        counts={name: count.tolist() for name, count in reported.counts.items()},
     )
+
+
+@dataclass
+class _Reported:
+    """What the steps of a round reported, added up."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    visits: int = 0
+
+    def add(self, found: Mapping[str, Tensor], size: int) -> None:
+        """Add the scalars of one step on a batch of ``size`` samples."""
+        self.visits += size
+        for name, value in found.items():
+            value = value.detach()
+            if not value.is_floating_point():
+                self.counts[name] = self.counts[name] + value if name in self.counts else value
+            elif not value.ndim:
+                if name in self.totals:
+                    self.totals[name].add_(value, alpha=size)
+                else:
+                    self.totals[name] = value * size
+
+    def means(self) -> dict[str, float]:
+        """Return the means of the floating scalars over the samples."""
+        return {name: float(total) / self.visits for name, total in self.totals.items()}
+
+
+LossFunction = TypeVar("LossFunction", bound=Callable[..., object])
+ONE_CALL = "of_one_call"
+
+
+def of_one_call(loss: LossFunction) -> LossFunction:
+    """Mark a loss that calls the model once, uses nothing else of it, and neither differentiates nor draws by itself.
+
+    Only such a loss can be trained with the fast engine's layers; others are trained strictly. An override has to be
+    marked anew.
+    """
+    setattr(loss, ONE_CALL, True)
+    return loss
 
 
 def own_batches(local: LocalRound, params: LocalParams) -> Batches:
@@ -148,9 +199,12 @@ def batches_of(local: LocalRound, params: LocalParams, data: ClientData, stream:
     Different ``stream`` names order and augment independently of each other.
     """
     order = BatchOrder(params, len(data), local.seed, local.client, f"data order{stream}")
+    read = BatchReader(data, order)
+    if params.augment == "none":
+        return read
 
     def batch(step: int) -> Batch:
-        found = data.batch(order.rows(step).to(local.device))
+        found = read(step)
         found["x"] = view_of(local, found["x"], data.scale, params.augment, f"augment{stream}", step)
         return found
 
@@ -172,68 +226,13 @@ def backpropagate(compute: Compute, parameters: Mapping[str, Tensor]) -> StepGra
     return value, metrics, dict(zip(parameters, gradients, strict=True))
 
 
-def _set_gradients(
-    local: LocalRound, loss: Loss, batch: Batch, extras: Extras, hooks: Hooks, moving: Mapping[str, Tensor]
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Leave in ``.grad`` what the optimizer shall use; return the loss and the further scalars."""
-
-    def compute() -> tuple[Tensor, Mapping[str, Tensor]]:
-        return loss(local.parts, batch, extras, local.task)
-
-    value, metrics, gradients = (hooks.estimate or backpropagate)(compute, moving)
-    if hooks.correct is not None:
-        # A parameter that the loss does not touch has gradient zero, which a correction may move.
-        full = {n: torch.zeros_like(p) if (g := gradients[n]) is None else g for n, p in moving.items()}
-        with torch.no_grad():
-            gradients = hooks.correct(full, moving, extras)
-    for name, parameter in moving.items():
-        parameter.grad = gradients[name]
-    return value, metrics
-
-
-def make_optimizer(params: LocalParams, moving: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of ``params`` over the named parameters."""
-    parameters = list(moving.values())
-    if not parameters:
-        raise ClientError("every parameter is frozen, there is nothing to train")
-    if params.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=params.lr,
-            momentum=params.momentum,
-            nesterov=params.nesterov,
-            weight_decay=params.weight_decay,
-        )
-    kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-    betas = (params.momentum or 0.9, 0.999)
-    return kind(parameters, lr=params.lr, betas=betas, weight_decay=params.weight_decay)
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor], scope: str = ""
-) -> ClientState:
-    """Return the optimizer's tensors as one group a field, each by parameter name."""
-    groups: ClientState = {}
-    for name, parameter in moving.items():
-        for key, value in optimizer.state[parameter].items():
-            if value is not None:
-                groups.setdefault(f"{OPTIMIZER_GROUP}{scope}.{key}", {})[name] = torch.as_tensor(value)
-    return groups
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, moving: Mapping[str, Tensor], state: ClientState, scope: str = ""
-) -> None:
-    """Put back what ``optimizer_state`` returned; does nothing where the client has no such state yet."""
-    prefix = f"{OPTIMIZER_GROUP}{scope}."
-    for group, tensors in state.items():
-        if group.startswith(prefix):
-            key = group.removeprefix(prefix)
-            for name, value in tensors.items():
-                if name in moving:
-                    # Adam's step counter lives on the CPU whatever the device of the parameter.
-                    device = "cpu" if key == "step" else moving[name].device
-                    optimizer.state[moving[name]][key] = value.clone().to(device)
+@torch.no_grad()
+def _corrected(
+    correct: Correct, gradients: Gradients, moving: Mapping[str, Tensor], extras: Extras
+) -> Gradients:
+    """Return what ``correct`` makes of the gradients, zero for a parameter that the loss does not touch."""
+    full = {n: torch.zeros_like(p) if (g := gradients[n]) is None else g for n, p in moving.items()}
+    return correct(full, moving, extras)
 
 
 @contextlib.contextmanager

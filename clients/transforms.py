@@ -38,6 +38,10 @@ class ClientTransform:
         """Return what the client sends; memory across rounds belongs in ``local.state``."""
         return reply
 
+    def statistics(self, local: LocalRound, reply: Reply) -> Reply:
+        """Return what the client answers to a query of the algorithm's own."""
+        return reply
+
     def answer(self, request: Request) -> Reply | None:
         """Answer a query that is the transform's own business; None leaves it to the algorithm."""
         return None

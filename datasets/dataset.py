@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flowerbed.errors import DataError
 
-Task = Literal["classification", "next-token"]
+Task = Literal["classification", "next-token", "measured"]
+"""``measured``: no label is predicted; a model is judged by other figures than counts of right answers."""
 
 
 @dataclass(frozen=True, eq=False)

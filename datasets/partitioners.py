@@ -47,6 +47,32 @@ class Iid:
         return _deal(len(labels), num_clients, numpy_rng(seed, "datasets.partition.iid"))
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Every client draws ``per_client`` different samples of the whole data set at random, apart from the others.
+
+    For federations of more clients than there are samples, up to millions: draws are computed when a client takes
+    part. Clients share samples, so this is no division of the data; the artificial users of pfl-research (Granqvist
+    et al. 2024) are of this kind.
+    """
+
+    per_client: int = 50
+
+    def __post_init__(self) -> None:
+        _check_at_least("draws per_client", self.per_client, 1)
+
+    def check(self, samples: int) -> None:
+        """Raise ``ConfigError`` if there are too few samples."""
+        if self.per_client > samples:
+            raise ConfigError(
+                f"draws with per_client={self.per_client} needs as many samples; there are {samples}. Lower it."
+            )
+
+    def owners(self, labels: Labels, num_clients: int, seed: int, domains: Integers | None) -> Integers:
+        """Refuse: samples have no single owner."""
+        raise ConfigError("The partition 'draws' gives no sample one owner; make it with partition().")
+
+
 DirichletVariant = Literal["per-class", "per-class-balanced", "per-client"]
 
 
@@ -120,6 +146,41 @@ class Dirichlet:
             f"min_size={self.min_size} samples in every draw. Raise alpha, lower min_size or the number of "
             "clients, or use variant='per-client', whose clients have equal sizes."
         )
+
+
+@dataclass(frozen=True)
+class DirichletFloor:
+    """First ``floor`` samples of each class for each client, then the rest of each class by Dir(alpha 1_K).
+
+    The partition of GGEUR's released code (Ma et al. 2025, with floor 1 and alpha from 0.01): no client lacks a class,
+    however skewed. Shares are rounded down and the last client takes the remainder, as there.
+    """
+
+    alpha: float = 0.1
+    floor: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"dirichlet_floor needs a finite alpha above 0, not {self.alpha}.")
+        _check_at_least("dirichlet_floor floor", self.floor, 1)
+
+    def owners(self, labels: Labels, num_clients: int, seed: int, domains: Integers | None) -> Integers:
+        """Return the client of each sample; raises ``ConfigError`` if a class is too small."""
+        classes = _class_ids("dirichlet_floor", labels)
+        rng = numpy_rng(seed, "datasets.partition.dirichlet_floor")
+        owners = np.empty(len(classes), dtype=np.int64)
+        for label in np.unique(classes):
+            rows = rng.permutation(np.flatnonzero(classes == label))
+            rest = len(rows) - num_clients * self.floor
+            if rest < 0:
+                raise ConfigError(
+                    f"dirichlet_floor with floor={self.floor} needs {num_clients * self.floor} samples of class "
+                    f"{label}, which has {len(rows)}; lower floor or the number of clients."
+                )
+            counts = np.floor(rng.dirichlet(np.full(num_clients, self.alpha)) * rest).astype(np.int64)
+            counts[-1] += rest - counts.sum()
+            owners[rows] = np.repeat(np.arange(num_clients), counts + self.floor)
+        return owners
 
 
 @dataclass(frozen=True)

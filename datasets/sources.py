@@ -17,6 +17,7 @@ from flowerbed.datasets.files import Found, Progress, Search
 from flowerbed.datasets.images import Cifar10, Cifar100, FashionMnist, Mnist, Usps
 from flowerbed.datasets.npz import NpzFile
 from flowerbed.datasets.pacs import Pacs
+from flowerbed.datasets.restyled import Restyled
 from flowerbed.datasets.shakespeare import Shakespeare
 from flowerbed.datasets.source import DataSource
 from flowerbed.errors import ConfigError, DataError, FlowerbedError
@@ -32,6 +33,7 @@ DATASETS.add("usps", Usps)
 DATASETS.add("cifar10", Cifar10)
 DATASETS.add("cifar100", Cifar100)
 DATASETS.add("pacs", Pacs)
+DATASETS.add("restyled", Restyled)
 DATASETS.add("shakespeare", Shakespeare)
 
 _NPZ = "npz:"

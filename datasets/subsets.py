@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -45,6 +47,33 @@ def long_tail(labels: Array, num_classes: int, imbalance_factor: float, seed: in
     return np.sort(np.concatenate(kept))
 
 
+def domain_skew(labels: Array, domains: Array, samples: npt.ArrayLike, alpha: float, seed: int) -> Integers:
+    """Return those of ``samples`` that stay when every domain keeps a Dirichlet share of its images of each class.
+
+    For each class, p ~ Dir(alpha 1_D) over the D domains, and domain d keeps floor(p_d n) random ones of its n samples
+    (Office-Home-LDS of Ma et al. 2025, which keeps the first ones). About 1 / D of the samples are left, and many
+    domains have none of a class. ``labels`` and ``domains`` are ``(N,)``; the indices are increasing int64.
+
+    Raises ``ConfigError`` unless ``alpha`` is above 0, or if nothing is left.
+    """
+    if not 0 < alpha < float("inf"):
+        raise ConfigError(f"The domain skew must be a finite number above 0, not {alpha}.")
+    classes, domain = _classes(labels), np.asarray(domains, dtype=np.int64)
+    pool = np.asarray(samples, dtype=np.int64)
+    rng = numpy_rng(seed, "datasets.domain_skew")
+    names = np.unique(domain)
+    kept = []
+    for label in np.unique(classes):
+        shares = rng.dirichlet(np.full(len(names), float(alpha)))
+        for name, share in zip(names, shares, strict=True):
+            rows = rng.permutation(pool[(classes[pool] == label) & (domain[pool] == name)])
+            kept.append(rows[: int(share * len(rows))])
+    result: Integers = np.sort(np.concatenate(kept))
+    if not len(result):
+        raise ConfigError(f"A domain skew of {alpha} leaves none of {len(pool)} samples; use more of them.")
+    return result
+
+
 def labelled_split(
     labels: Array,
     indices: npt.ArrayLike,
@@ -52,23 +81,28 @@ def labelled_split(
     *,
     fraction: float | None = None,
     per_class: int | None = None,
+    classes: npt.ArrayLike | None = None,
 ) -> tuple[Integers, Integers]:
     """Divide ``indices`` (for example one client's) into ``(labelled, unlabelled)`` for semi-supervision.
 
     Exactly one of ``fraction`` and ``per_class`` is given. ``fraction`` in [0, 1] labels
     ``round(fraction * n)`` samples in all, shared among the classes in proportion (largest remainder).
-    ``per_class`` labels that many of each class that occurs, or all where there are fewer. Every index
-    appears in exactly one of the two arrays, which are increasing int64.
+    ``per_class`` labels that many of each class that occurs, or all where there are fewer. With ``classes`` only
+    samples of these are labelled; a fraction stays one of all n samples, as far as these classes have so many.
+    Every index appears in exactly one of the two arrays, which are increasing int64.
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    classes = _classes(labels)[chosen]
-    present, sizes = np.unique(classes, return_counts=True)
+    by_sample = _classes(labels)[chosen]
+    present, sizes = np.unique(by_sample, return_counts=True)
+    if classes is not None:
+        allowed = np.isin(present, classes)
+        present, sizes = present[allowed], sizes[allowed]
     if (fraction is None) == (per_class is None):
         raise ConfigError("A labelled split needs either a fraction or a number per_class.")
     if fraction is not None:
         if not 0 <= fraction <= 1:
             raise ConfigError(f"The labelled fraction must lie in 0..1, not {fraction}.")
-        counts = largest_remainder(sizes, round(fraction * len(chosen)))
+        counts = largest_remainder(sizes, min(round(fraction * len(chosen)), int(sizes.sum())))
     else:
         assert per_class is not None
         if per_class < 0:
@@ -77,8 +111,32 @@ def labelled_split(
     rng = numpy_rng(seed, "datasets.labelled_split")
     labelled = np.zeros(len(chosen), dtype=bool)
     for label, count in zip(present, counts):
-        labelled[rng.permutation(np.flatnonzero(classes == label))[:count]] = True
+        labelled[rng.permutation(np.flatnonzero(by_sample == label))[:count]] = True
     return np.sort(chosen[labelled]), np.sort(chosen[~labelled])
+
+
+def labelled_classes(class_counts: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Return which of its classes each client has labels of: class-mismatched labels.
+
+    ``class_counts`` is ``(clients, classes)``, as from ``Partition.class_counts``; the result is bool of that
+    shape. Client by client, the ``share`` in (0, 1] of the classes that it holds, rounded up, is chosen at random
+    among those that the fewest clients before it have labels of. So every class that is held has labels somewhere
+    as soon as the clients have room for that.
+    """
+    counts = np.asarray(class_counts, dtype=np.int64)
+    if counts.ndim != 2 or not 0 < share <= 1:
+        raise ConfigError(
+            f"The share of labelled classes must lie in (0, 1] and counts be (clients, classes); got {share} and "
+            f"shape {counts.shape}."
+        )
+    rng = numpy_rng(seed, "datasets.labelled_classes")
+    chosen = np.zeros(counts.shape, dtype=bool)
+    for client, held in enumerate(counts > 0):
+        present = rng.permutation(np.flatnonzero(held))
+        fewest_first = present[np.argsort(chosen[:, present].sum(axis=0), kind="stable")]
+        # The tiny allowance keeps exact products such as 0.1 * 10 from being rounded up to one more.
+        chosen[client, fewest_first[: math.ceil(share * len(present) - 1e-9)]] = True
+    return chosen
 
 
 def matched_test_partition(test_labels: Array, train_class_counts: npt.ArrayLike, seed: int) -> Partition:

@@ -24,13 +24,16 @@ examples:
   flowerbed show runs/cifar                         what came out
   flowerbed list models 'resnet*'                   what there is to choose
   flowerbed compare strategy=fedavg,fedprox seeds=0,1,2    mean, interval, rank and paired tests
+  flowerbed explain grid.engine=auto model=mlp      which exchange, engine and kernel would be used, and why
   flowerbed check my_package:MyStrategy             does my own strategy keep the contract
+  flowerbed reproduce ps-kd                         a paper: its arms, seeds, claims and verdicts
+  flowerbed papers                                  every paper, and what its record says
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
-LISTS = ("models", "strategies", "datasets", "partitions")
-BENCHMARKS = ("overhead",)
+LISTS = ("models", "strategies", "datasets", "partitions", "encoders")
+BENCHMARKS = ("overhead", "speed", "scale")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,10 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.compare_command import compare
 
             return compare(arguments[1:], as_json)
+        if arguments[:1] == ["explain"]:
+            from flowerbed.experiments.explain import explain
+
+            return explain(arguments[1:], as_json)
         if arguments[:1] == ["check"]:
             from flowerbed.experiments.check import check
 
             return check(arguments[1:], as_json)
+        if arguments[:1] == ["reproduce"]:
+            from flowerbed.experiments.reproduction import command
+
+            return command.main(arguments[1:], as_json)
+        if arguments[:1] == ["papers"]:
+            from flowerbed.experiments.reproduction import papers_command
+
+            return papers_command.main(arguments[1:], as_json)
         return _dispatch(_parser().parse_args(arguments), as_json)
     except FlowerbedError as error:
         from flowerbed.experiments.failure import describe, exit_code
@@ -86,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
     )
-    listing = commands.add_parser("list", help="list models, strategies, datasets or partitions")
+    listing = commands.add_parser("list", help="list models, strategies, datasets, partitions or encoders")
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "pattern", nargs="?", default="*", help="glob on the names, e.g. 'resnet*' or 'timm:*'"
@@ -99,9 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         help="run methods x seeds and compare them: compare strategy=A,B seeds=0,1,2",
     )
     commands.add_parser(
+        "explain",
+        add_help=False,
+        help="say how a run would be computed, and why: explain [KEY=VALUE ...]",
+    )
+    commands.add_parser(
         "check", add_help=False, help="check a strategy against the platform's contract: check STRATEGY"
     )
-    commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead [--help]")
+    commands.add_parser(
+        "reproduce",
+        add_help=False,
+        help="run a paper's arms and judge its claims: reproduce SLUG [KEY=VALUE ...]",
+    )
+    commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
+    commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser
 

@@ -25,7 +25,7 @@ from flowerbed.experiments.parts import build_parts
 from flowerbed.experiments.simulation import run_simulation
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, MetricsLog, Record
 
-SHARED = ("dataset", "data", "partition", "evaluation", "stop")
+SHARED = ("dataset", "data", "partition", "encoder", "evaluation", "stop")
 """What all methods of a comparison must have in common, besides the number of clients and of rounds."""
 
 

@@ -124,7 +124,7 @@ def checked(config: DictConfig) -> Simulation:
     assert isinstance(settings, dict)
     simulation = Simulation.of({str(key): value for key, value in settings.items() if key != "hydra"})
     build_strategy(simulation.strategy)
-    for kind in ("dataset", "partition"):
+    for kind in ("dataset", "partition", "encoder"):
         choice = getattr(simulation, kind)
         if choice.name in registry(kind):
             # These are dataclasses that check their own values, long before any data is read.

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowerbed.clients.params import LocalParams
+from flowerbed.clients.cohort_params import CohortOptions
+from flowerbed.clients.params import ENDS_WITH_THE_RUN, LocalParams
 from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams, SecureParams
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
@@ -21,7 +22,9 @@ IDENTITY = (
     "dataset",
     "data",
     "partition",
+    "encoder",
     "model",
+    "initial",
     "federation",
     "local",
     "privacy",
@@ -31,7 +34,17 @@ IDENTITY = (
     "stop",
 )
 # Within them, what does not: more rounds only go on, and data may lie anywhere.
-NEUTRAL = (("federation", "rounds"), ("data", "dir"), ("data", "cache"), ("data", "download"))
+NEUTRAL = (
+    ("federation", "rounds"),
+    ("initial", "weights"),
+    ("data", "dir"),
+    ("data", "cache"),
+    ("data", "download"),
+)
+
+
+ENGINES = ("generic", "cohort", "auto")
+EXCHANGES = ("auto", "messages", "pooled")
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,15 @@ class DataParams:
     """Share of every client's samples whose labels it sees, the same share of each class."""
     labels_per_class: int = 0
     """Labelled samples of each class that every client has, instead of a share; 0 means ``labelled`` decides."""
+    labelled_classes: float = 1.0
+    """Share of a client's classes that its labels come from, the same number of labels; below 1 they mismatch."""
     server_per_class: int = 0
     """Labelled samples of each class that the server keeps for itself; no client has them."""
+    domain_skew: float = 0.0
+    """Concentration of the Dirichlet share of each class that each domain keeps (label skew between domains; the other
+    samples are dropped); 0 keeps all."""
+    client_samples: int = 0
+    """Random samples of the rest that all clients together share; 0 means all of them."""
 
     def __post_init__(self) -> None:
         require(0 <= self.labelled <= 1, f"data.labelled is {self.labelled}; give a share between 0 and 1.")
@@ -86,10 +106,38 @@ class DataParams:
             f"data.labels_per_class is {self.labels_per_class}; give 0 (off) or more.",
         )
         require(
+            0 < self.labelled_classes <= 1,
+            f"data.labelled_classes is {self.labelled_classes}; give a share above 0, at most 1.",
+        )
+        require(
+            self.labelled_classes == 1 or self.labelled < 1 or self.labels_per_class > 0,
+            f"data.labelled_classes is {self.labelled_classes} and every label is seen; set data.labelled below 1, or "
+            "data.labels_per_class.",
+        )
+        require(
             self.server_per_class >= 0,
             f"data.server_per_class is {self.server_per_class}; give 0 (none) or more.",
         )
+        require(self.domain_skew >= 0, f"data.domain_skew is {self.domain_skew}; give 0 (off) or more.")
+        require(
+            self.client_samples >= 0,
+            f"data.client_samples is {self.client_samples}; give 0 (all) or more.",
+        )
         require(self.imbalance >= 1, f"data.imbalance is {self.imbalance}; give 1 (balanced) or more.")
+
+
+@dataclass(frozen=True)
+class InitialParams:
+    """Where the model starts, if not from random weights."""
+
+    weights: str | None = None
+    """A safetensors file with some or all tensors of the model by name, such as a run's model.safetensors; the
+    others are drawn as always. None draws all."""
+    sha256: str = ""
+    """Digest of that file; a run fills it in, and refuses another file under the same name."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights) or not self.sha256, "initial.sha256 needs initial.weights=FILE.")
 
 
 @dataclass(frozen=True)
@@ -109,9 +157,18 @@ class GridParams:
     """Torch threads of a client's computation. Another number may change the last bits."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
+    exchange: str = "auto"
+    """How training replies come back: messages, one from each client; pooled, as sums that workers make; auto: as
+    sums where the strategy needs no single reply. The model is the same in every bit."""
+
+    engine: str = "generic"
+    """How clients are computed: generic, one after another, the same bits everywhere; cohort, many at once, equal to
+    a stated tolerance (see ``cohort``), an error where that is impossible; auto, cohort where it is possible."""
 
     def __post_init__(self) -> None:
         require(self.name in ("inprocess", "ray"), unknown_name("grid", self.name, ("inprocess", "ray")))
+        require(self.engine in ENGINES, unknown_name("engine", self.engine, ENGINES))
+        require(self.exchange in EXCHANGES, unknown_name("exchange", self.exchange, EXCHANGES))
         require(self.workers >= 1, f"grid.workers is {self.workers}; give at least 1.")
         require(self.gpus_per_worker >= 0, f"grid.gpus_per_worker is {self.gpus_per_worker}; give 0 or more.")
         require(self.threads >= 1, f"grid.threads is {self.threads}; give at least 1.")
@@ -131,6 +188,8 @@ class RunParams:
     """Checkpoints kept."""
     progress: bool | None = None
     """Live display; None shows it on a terminal only."""
+    figures: bool = True
+    """Draw pictures at the end."""
 
     def __post_init__(self) -> None:
         require(
@@ -160,8 +219,10 @@ class Simulation:
     strategy: Choice = Choice("fedavg")
     dataset: Choice = Choice("digits")
     partition: Choice = Choice("iid")
+    encoder: Choice = Choice("none")
     model: Choice = Choice("auto")
     seed: int = 0
+    initial: InitialParams = field(default_factory=InitialParams)
     federation: FederationParams = field(default_factory=FederationParams)
     local: LocalParams = field(default_factory=LocalParams)
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
@@ -171,6 +232,7 @@ class Simulation:
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
     grid: GridParams = field(default_factory=GridParams)
+    cohort: CohortOptions = field(default_factory=CohortOptions)
     run: RunParams = field(default_factory=RunParams)
     tracking: TrackingParams = field(default_factory=TrackingParams)
 
@@ -207,13 +269,24 @@ class Simulation:
         plain = {key: value for key, value in self.plain().items() if key in IDENTITY}
         for section, key in NEUTRAL:
             plain[section].pop(key)
-        if "cosine" in (self.local.schedule, self.strategy.options.get("server_schedule")):
-            # A cosine schedule ends with the run, so here the number of rounds decides every step.
+        if (
+            self.local.schedule in ENDS_WITH_THE_RUN
+            or self.strategy.options.get("server_schedule") == "cosine"
+        ):
+            # Such a schedule ends with the run, so here the number of rounds decides every step.
             plain["federation"]["rounds"] = self.federation.rounds
+        # What is off decides nothing, and leaves the runs of before it existed what they were.
+        for section, key in (("initial", "sha256"), ("evaluation", "measures")):
+            if not plain[section][key]:
+                plain[section].pop(key)
+        if self.local.schedule != "multistep":
+            plain["local"].pop("milestones")
+        plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 SECTIONS: dict[str, type] = {
+    "initial": InitialParams,
     "federation": FederationParams,
     "local": LocalParams,
     "privacy": PrivacyParams,
@@ -223,10 +296,11 @@ SECTIONS: dict[str, type] = {
     "stop": StopParams,
     "data": DataParams,
     "grid": GridParams,
+    "cohort": CohortOptions,
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "model")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model")
 
 
 def _section(key: str, value: Any) -> Any:

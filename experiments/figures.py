@@ -33,16 +33,19 @@ CROWDED = 60
 
 
 def draw(
-    folder: Path, records: Sequence[Record], counts: Counts, class_names: Sequence[str], title: str
+    folder: Path, records: Sequence[Record], counts: Counts | None, class_names: Sequence[str], title: str
 ) -> list[Path]:
     """Draw everything there is data for into ``folder`` and return the files.
+
+    ``counts`` is int64 ``(clients, classes)``; None where there are too many clients for a picture.
 
     A run is worth more than its pictures: what cannot be drawn is logged, never raised.
     """
     drawn: list[Path] = []
     pictures: dict[str, Callable[[], Figure | None]] = {
-        "partition.png": lambda: partition_figure(counts, class_names, title),
+        "partition.png": lambda: None if counts is None else partition_figure(counts, class_names, title),
         "accuracy.png": lambda: accuracy_figure(records, title),
+        "pseudo_labels.png": lambda: pseudo_label_figure(records, title),
     }
     for name, make in pictures.items():
         try:
@@ -58,8 +61,6 @@ def draw(
 
 def accuracy_figure(records: Sequence[Record], title: str = "") -> Figure | None:
     """Return accuracy and loss by round, on the server's test set and on the clients'; None without any."""
-    from matplotlib.ticker import MaxNLocator
-
     server = [r for r in records if r.phase == SERVER]
     clients = [r for r in records if r.phase == CLIENTS]
     training = [r for r in records if r.phase not in (SERVER, CLIENTS) and "loss" in r.metrics]
@@ -76,15 +77,35 @@ def accuracy_figure(records: Sequence[Record], title: str = "") -> Figure | None
     accuracy.set_ylim(0, 1)
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     loss.set_ylim(bottom=0)
-    for axis, label in ((accuracy, "accuracy"), (loss, "loss")):
-        axis.set_title(label, loc="left", color=INK, fontsize=10)
-        axis.set_xlabel("round", color=INK, fontsize=9)
-        axis.grid(True, color=GRID, linewidth=0.8)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        last = max(r.round for r in records)
-        axis.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
+    _by_round(accuracy, "accuracy", records)
+    _by_round(loss, "loss", records)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return figure
+
+
+def pseudo_label_figure(records: Sequence[Record], title: str = "") -> Figure | None:
+    """Return how many pseudo-labels were used, how good they were and who wrote them, by round.
+
+    None without any. Rounds in which no unlabelled sample was seen are left out.
+    """
+    seen = [r for r in records if sum(r.metrics.get("pseudo-total-per-class", ()))]
+    if not seen:
+        return None
+    figure, (used, right) = _canvas(9, 3.6, 2)
+    _line(used, seen, "pseudo-coverage", "used, of all seen (coverage)", BLUE)
+    _line(used, seen, "pseudo-precision", "right, of those used (precision)", ORANGE)
+    _line(used, seen, "agreement", "both experts agree, of those used", GREY, style=":")
+    _line(used, seen, "chosen-global-share", "written by the global expert, of those used", RED, style="--")
+    _line(right, seen, "pseudo-correct-share", "used and right", BLUE)
+    _line(right, seen, "global-alone-correct-share", "had the global expert decided alone", RED, style="--")
+    _line(right, seen, "local-alone-correct-share", "had the local expert decided alone", GREY, style="--")
+    _by_round(used, "pseudo-labels", records)
+    _by_round(right, "used and right, of all seen", records)
+    for axis in (used, right):
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    used.set_ylim(0, 1.02)
+    right.set_ylim(bottom=0)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
@@ -148,6 +169,20 @@ def _canvas(width: float, height: float, columns: int, **layout: Any) -> tuple[F
         for side in ("left", "bottom"):
             axis.spines[side].set_color("#999999")
     return figure, list(axes)
+
+
+def _by_round(axis: Axes, label: str, records: Sequence[Record]) -> None:
+    """Give an axis whose curves are drawn its title, its legend, and the rounds of the whole run."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(label, loc="left", color=INK, fontsize=10)
+    axis.set_xlabel("round", color=INK, fontsize=9)
+    axis.grid(True, color=GRID, linewidth=0.8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = max(r.round for r in records)
+    axis.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _line(

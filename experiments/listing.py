@@ -12,7 +12,13 @@ from flowerbed.experiments.options import REQUIRED, Option, Thing, registry, thi
 
 LONG_NAME = 24
 """The summary of a longer name begins further right than the others."""
-PLURALS = {"models": "model", "strategies": "strategy", "datasets": "dataset", "partitions": "partition"}
+PLURALS = {
+    "models": "model",
+    "strategies": "strategy",
+    "datasets": "dataset",
+    "partitions": "partition",
+    "encoders": "encoder",
+}
 
 
 def things(kind: str, pattern: str = "*") -> list[Thing]:

@@ -125,15 +125,15 @@ def step_flops(
 
 def mean_batch(local: LocalParams, sizes: npt.NDArray[np.int64]) -> float:
     """Return the mean number of samples in a step, over the steps of a round of all clients."""
-    steps = [local.steps_per_round(int(n)) for n in sizes]
-    batches = [local.batches_per_epoch(int(n)) for n in sizes]
-    # An epoch visits every sample once, unless its last batch is dropped.
-    visits = [
-        b * min(local.batch_size or int(n), int(n)) if local.drop_last else int(n)
-        for b, n in zip(batches, sizes, strict=True)
-    ]
-    samples = (s * v / b for s, v, b in zip(steps, visits, batches, strict=True))
-    return math.fsum(samples) / sum(steps)
+    samples, steps = 0.0, 0
+    # Clients of one size count together: there may be a million of them.
+    for n, clients in zip(*(found.tolist() for found in np.unique(sizes, return_counts=True)), strict=True):
+        own, batches = local.steps_per_round(n), local.batches_per_epoch(n)
+        # An epoch visits every sample once, unless its last batch is dropped.
+        visits = batches * min(local.batch_size or n, n) if local.drop_last else n
+        samples += clients * own * visits / batches
+        steps += clients * own
+    return samples / steps
 
 
 def _traffic(records: Sequence[Record]) -> dict[str, float]:

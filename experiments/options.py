@@ -22,7 +22,7 @@ from flowerbed.registry import Registry
 
 REQUIRED: Final = dataclasses.MISSING
 """The default of an option that must be given."""
-KINDS: Final = ("strategy", "dataset", "partition", "model")
+KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model")
 """The kinds of things that are chosen by name."""
 
 
@@ -65,6 +65,10 @@ def registry(kind: str) -> Registry[Any]:
         from flowerbed.datasets.partitions import PARTITIONS
 
         return PARTITIONS
+    if kind == "encoder":
+        from flowerbed.experiments.encoders import ENCODERS
+
+        return ENCODERS
     if kind == "model":
         from flowerbed.models.zoo import MODELS
 

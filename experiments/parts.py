@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flowerbed import seeds
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.data import LABELLED
+from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.store import MemoryStore
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.files import Progress
-from flowerbed.datasets.partitions import Partition, partition
+from flowerbed.datasets.partitions import DrawnPartition, Partition, partition
 from flowerbed.datasets.sources import load_dataset
-from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
+from flowerbed.datasets.subsets import (
+    domain_skew,
+    labelled_classes,
+    labelled_split,
+    long_tail,
+    matched_test_partition,
+)
 from flowerbed.errors import ConfigError
-from flowerbed.experiments import options, transforms
-from flowerbed.experiments.config import Choice, Simulation, build
+from flowerbed.experiments import measures, options, transforms
+from flowerbed.experiments.config import Choice, InitialParams, Simulation, build
+from flowerbed.experiments.encoders import Material, embedded_dataset
+from flowerbed.experiments.metrics import train_counts
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.tasks import task_for
+from flowerbed.server.grids.base import torch_threads
 from flowerbed.server.loop import ServerEvaluator
-from flowerbed.server.sampling import UniformSampler
+from flowerbed.server.sampling import Draws, make_sampler
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import STRATEGIES, FederatedStrategy, Setting
 from flowerbed.strategies.flower import FlowerParams, FlowerStrategy
@@ -70,13 +84,15 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         **simulation.dataset.options,
     )
     train, test = build_partitions(simulation, dataset)
+    dataset = encoded(simulation, dataset)
     dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
-        simulation = completed(replace(simulation, model=default_model(dataset)))
+        chosen = default_model(dataset) if simulation.encoder.name == "none" else Choice("linear")
+        simulation = completed(replace(simulation, model=chosen))
     asked = ModelSpec(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
-    model = strategy.model_spec(asked)
+    model = replace(strategy.model_spec(asked), weights=simulation.initial.weights)
     module = model.build(simulation.seed)
     info = ModelInfo.of(module)
     strategy.setup(
@@ -85,8 +101,15 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
             clients=federation.clients,
             rounds=federation.rounds,
             info=info,
-            sampler=UniformSampler(
-                simulation.seed, federation.cohort, federation.oversample, simulation.evaluation.clients
+            sampler=make_sampler(
+                federation.sampling,
+                Draws(
+                    simulation.seed,
+                    federation.cohort,
+                    federation.oversample,
+                    simulation.evaluation.clients,
+                    train.sizes,
+                ),
             ),
             cohort=federation.cohort,
             local=simulation.local,
@@ -98,6 +121,7 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
                 divide_with_server(simulation, dataset)[0].numpy(),
                 simulation.grid.device,
             ),
+            class_counts=tuple(train_counts(dataset.train.labels, train, dataset.num_classes)),
         )
     )
     strategy.transforms = transforms.server_transforms(simulation, strategy, info)
@@ -113,9 +137,21 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         store=MemoryStore(),
         device=simulation.grid.device,
         transforms=transforms.client_transforms(simulation, dataset),
+        routes=fast_routes(simulation, module),
+        mask=simulation.evaluation.mask,
+        engine=simulation.grid.engine,
+        cohort=simulation.cohort,
     )
     initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
     return Parts(simulation, dataset, train, test, spec, strategy, initial)
+
+
+def fast_routes(simulation: Simulation, module: torch.nn.Module) -> Routes | None:
+    """Return how the fast engine computes dense layers, for all workers alike; None where it is not asked for."""
+    if simulation.local.engine != "fast" or choose_device(simulation.grid.device).type != "cpu":
+        return None
+    with torch_threads(simulation.grid.threads):
+        return find_routes(module, simulation.local)
 
 
 def completed(simulation: Simulation) -> Simulation:
@@ -126,11 +162,29 @@ def completed(simulation: Simulation) -> Simulation:
 
     return replace(
         simulation,
+        initial=digested(simulation.initial),
         strategy=whole("strategy", simulation.strategy),
         dataset=whole("dataset", simulation.dataset),
         partition=whole("partition", simulation.partition),
+        encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
     )
+
+
+def digested(initial: InitialParams) -> InitialParams:
+    """Return where the model starts with the digest of its file; raises ``ConfigError`` if that is another one."""
+    if initial.weights is None:
+        return initial
+    try:
+        found = hashlib.sha256(Path(initial.weights).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"initial.weights={initial.weights} cannot be read: {error.strerror}.") from error
+    if initial.sha256 not in ("", found):
+        raise ConfigError(
+            f"initial.weights={initial.weights} is not the file that this run began with; bring that one back, or "
+            "start a new run."
+        )
+    return InitialParams(str(Path(initial.weights).resolve()), found)
 
 
 def build_strategy(choice: Choice) -> FederatedStrategy:
@@ -169,7 +223,9 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
         **simulation.partition.options,
     )
     if kept is not None:
-        share = replace(share, samples=kept.numpy()[share.samples])
+        share = share.within(kept.numpy())
+    if isinstance(share, DrawnPartition):
+        return share, share.of_test(len(dataset.test))
     counts = share.class_counts(by_class, dataset.num_classes)
     return share, matched_test_partition(first_label(dataset.test.labels), counts, simulation.seed)
 
@@ -182,14 +238,46 @@ def divide_with_server(simulation: Simulation, dataset: Dataset) -> tuple[Tensor
     if data.imbalance > 1:
         kept = torch.from_numpy(long_tail(by_class, dataset.num_classes, data.imbalance, simulation.seed))
     if not data.server_per_class:
-        return torch.empty(0, dtype=torch.int64), kept
+        return torch.empty(0, dtype=torch.int64), limited(simulation, dataset, kept)
     pool = torch.arange(len(labels)) if kept is None else kept
     server, clients = labelled_split(labels, pool, simulation.seed, per_class=data.server_per_class)
     if not len(clients):
         raise ConfigError(
             f"data.server_per_class={data.server_per_class} leaves the clients without samples; give fewer."
         )
-    return torch.from_numpy(server), torch.from_numpy(clients)
+    return torch.from_numpy(server), limited(simulation, dataset, torch.from_numpy(clients))
+
+
+def limited(simulation: Simulation, dataset: Dataset, kept: Tensor | None) -> Tensor | None:
+    """Return the samples that the clients share: of those that they may have, what ``data`` says; None means all."""
+    wanted, skew = simulation.data.client_samples, simulation.data.domain_skew
+    pool = torch.arange(len(dataset.train)) if kept is None else kept
+    if skew:
+        if "domain" not in dataset.train.extras:
+            raise ConfigError("data.domain_skew needs a data set with domains, such as pacs or restyled.")
+        labels, domains = first_label(dataset.train.labels), dataset.train.extras["domain"]
+        kept = pool = torch.from_numpy(domain_skew(labels, domains, pool, skew, simulation.seed))
+    if not wanted:
+        return kept
+    if wanted > len(pool):
+        raise ConfigError(
+            f"data.client_samples={wanted} is more than the {len(pool)} samples that there are."
+        )
+    order = seeds.numpy_rng(simulation.seed, "client samples").permutation(len(pool))
+    return pool[torch.from_numpy(np.sort(order[:wanted]))]
+
+
+def encoded(simulation: Simulation, dataset: Dataset) -> Dataset:
+    """Return the data set as embeddings, if the run has an encoder."""
+    if simulation.encoder.name == "none":
+        return dataset
+    device, samples = simulation.grid.device, divide_with_server(simulation, dataset)[0].numpy()
+    nothing = ModelSpec("linear", dataset.input_shape, dataset.num_classes)
+    server = ServerSide(simulation.seed, simulation.federation.clients, nothing, dataset, samples, device)
+    material = Material(dataset, server, simulation.seed, choose_device(device))
+    return embedded_dataset(
+        simulation.encoder.name, simulation.encoder.options, material, simulation.data.cache
+    )
 
 
 def hide_labels(simulation: Simulation, dataset: Dataset, train: Partition) -> Dataset:
@@ -200,12 +288,21 @@ def hide_labels(simulation: Simulation, dataset: Dataset, train: Partition) -> D
     data = simulation.data
     if data.labelled == 1 and not data.labels_per_class:
         return dataset
+    if isinstance(train, DrawnPartition):
+        raise ConfigError(
+            "data.labelled and data.labels_per_class need samples of one client each, partition=draws "
+            "shares them; choose another partition."
+        )
     how: dict[str, Any] = (
         {"per_class": data.labels_per_class} if data.labels_per_class else {"fraction": data.labelled}
     )
     mask = torch.zeros(len(dataset.train), dtype=torch.bool)
     mask[divide_with_server(simulation, dataset)[0]] = True
+    counts = train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
+    chosen = labelled_classes(counts, data.labelled_classes, simulation.seed)
     for client in range(train.num_clients):
+        # Every class a client holds is no restriction: the labels are then those that there always were.
+        how["classes"] = np.flatnonzero(chosen[client])
         labelled, _ = labelled_split(dataset.train.labels, train.indices(client), simulation.seed, **how)
         mask[torch.from_numpy(labelled)] = True
     split = replace(dataset.train, extras={**dataset.train.extras, LABELLED: mask})
@@ -221,12 +318,13 @@ def default_model(dataset: Dataset) -> Choice:
     return Choice("mlp" if len(dataset.input_shape) == 1 else "leaf_cnn")
 
 
-def server_evaluator(spec: ClientSpec) -> ServerEvaluator:
-    """Return the evaluation of a global model on the whole test set."""
+def server_evaluator(spec: ClientSpec, further: Sequence[str] = ()) -> ServerEvaluator:
+    """Return the evaluation of a global model on the whole test set, with ``further`` measures by import path."""
     device = choose_device(spec.device)
     module = spec.model.build(spec.seed).to(device)
     task = task_for(spec.dataset.task, spec.dataset.num_classes)
     test = spec.dataset.test
+    loaded = measures.load(further)
 
     def prepare(inputs: Tensor) -> Tensor:
         return spec.dataset.prepare(inputs.to(device))
@@ -234,8 +332,27 @@ def server_evaluator(spec: ClientSpec) -> ServerEvaluator:
     def evaluate(model: Tensors) -> Mapping[str, Any]:
         module.load_state_dict(model)
         module.eval()
+        return measures.add(counted(), loaded, measures.Measured(module, spec.dataset, spec.seed, device))
+
+    def counted() -> dict[str, Any]:
+        if spec.dataset.task == "measured":
+            return {}
         sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
         found = evaluation.metrics(sums, len(test), spec.dataset.num_classes)
-        return {**found, **evaluation.scores(found)}
+        return {**found, **evaluation.scores(found), **by_domain()}
+
+    def by_domain() -> dict[str, float]:
+        """Return the accuracy in every domain of the test set, their mean and their standard deviation."""
+        if "domain" not in test.extras:
+            return {}
+        accuracy = {}
+        for number, name in enumerate(spec.dataset.domains):
+            rows = torch.nonzero(test.extras["domain"] == number).flatten()
+            if len(rows):
+                sums = evaluation.counts(module, task, test.inputs[rows], test.labels[rows], prepare)
+                accuracy[f"accuracy-domain-{name}"] = float(sums["correct"].sum() / sums["total"].sum())
+        values = np.array(list(accuracy.values()))
+        spread = {"accuracy-domains-mean": float(values.mean()), "accuracy-domains-std": float(values.std())}
+        return {**accuracy, **spread}
 
     return evaluate

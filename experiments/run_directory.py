@@ -29,6 +29,9 @@ from flowerbed.server.callbacks import CLIENTS, SERVER, MetricsLog
 from flowerbed.server.loop import RunResult
 from flowerbed.storage import atomic_write
 
+MOST_DRAWN = 20_000
+"""More clients than this are in no picture of the partition."""
+
 
 def load_simulation(directory: str | Path, settings: Mapping[str, Any] | None = None) -> Simulation:
     """Read the configuration of the run in ``directory``, with some settings replaced."""
@@ -115,8 +118,8 @@ def write_summary(
         "cost": metrics.cost(records, flops_per_step),
         "seed": simulation.seed,
         "config_hash": simulation.identity,
-        "git_commit": _git_commit(),
-        "versions": _versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
         "wall_seconds": round(seconds, 3),
         # ru_maxrss is in KiB on Linux; Ray's actors are not children of this process.
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -126,14 +129,19 @@ def write_summary(
 
 
 def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
-    """Draw the run's pictures from its partition and its metrics; returns the files."""
+    """Draw the run's pictures from its partition and its metrics, unless it wants none; returns the files."""
+    if not parts.simulation.run.figures:
+        return []
     simulation, dataset = parts.simulation, parts.dataset
-    counts = parts.train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
+    # A row for every client says nothing when there are that many.
+    counts = None
+    if parts.train.num_clients <= MOST_DRAWN:
+        counts = parts.train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
     title = f"{simulation.strategy.name} on {dataset.name}, {simulation.partition.name}"
     return figures.draw(directory / "figures", log.records(), counts, dataset.classes, title)
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the current directory's repository, else of this package's, or None."""
     for folder in (Path.cwd(), Path(__file__).resolve().parent):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -144,9 +152,10 @@ def _git_commit() -> str | None:
     return None
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": sys.platform}
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
     for package in ("flowerbed", "flwr", "torch", "numpy", "ray"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+            found[package] = metadata.version(package)
+    return found

@@ -123,12 +123,15 @@ def make_federation(
 ) -> Federation:
     """Put the parts and an open grid together."""
     simulation = parts.simulation
-    return Federation(
+    federation = Federation(
         strategy=parts.strategy,
         model=parts.model,
         grid=grid,
         params=simulation.federation,
-        evaluator=transforms.with_backdoor_success(server_evaluator(parts.spec), simulation, parts.spec),
+        exchange=simulation.grid.exchange,
+        evaluator=transforms.with_backdoor_success(
+            server_evaluator(parts.spec, simulation.evaluation.measures), simulation, parts.spec
+        ),
         evaluation=simulation.evaluation,
         stop=simulation.stop,
         callbacks=callbacks,
@@ -139,6 +142,10 @@ def make_federation(
         identity=simulation.identity,
         derive=metrics.group_scores(parts.dataset.train.labels, parts.train, parts.dataset.num_classes),
     )
+    refusal = federation.pooling_refusal() or parts.spec.engine_refusal()
+    if simulation.grid.engine == "cohort" and refusal is not None:
+        raise ConfigError(f"grid.engine=cohort cannot be used: {refusal}; set grid.engine=auto or generic.")
+    return federation
 
 
 def _contiguous(model: Tensors) -> Tensors:

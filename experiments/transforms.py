@@ -101,7 +101,7 @@ def _require_maskable(simulation: Simulation, strategy: FederatedStrategy) -> No
     )
     asked = [phase.name for phase in strategy.phases(1) if phase.message_type != "train"]
     require(
-        not asked,
+        not asked or strategy.sums_in_queries,
         f"secure.enabled masks updates, and strategy '{name}' also asks clients for statistics (phase {asked[:1]}); "
         "choose another strategy.",
     )

@@ -33,9 +33,11 @@ Flags
   --hydra-help       Hydra's other flags (--info, --shell-completion, ...)
 
 Your own strategy, data set, partition or model is named by import path, package.module:Name, with the
-current directory on the path. The options of others: flowerbed list models|strategies|datasets|partitions,
+current directory on the path. The options of others: flowerbed list models|strategies|datasets|partitions|encoders,
 or: flowerbed simulate strategy=NAME --help
 """
+EXPERIMENT = "experiment"
+"""The group of whole settings, which stores no name."""
 WIDTH = 100
 COLUMN = 38
 
@@ -47,11 +49,12 @@ def simulate_help(chosen: Mapping[str, str]) -> str:
     groups["strategy"].append("flower:NAME")
     groups["dataset"].append("npz:PATH")
     groups["model"].append("timm:NAME")
-    groups |= {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in NAMED}
+    files = (*NAMED, EXPERIMENT)
+    groups |= {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in files}
     parts = [HEAD, "Groups, chosen with GROUP=NAME (* is chosen now)"]
     names = {kind: chosen.get(kind, getattr(defaults, kind).name) for kind in (*CHOICES, *NAMED)}
     for group, options in groups.items():
-        listed = " ".join(f"*{name}" if name == names[group] else name for name in options)
+        listed = " ".join(f"*{name}" if name == names.get(group) else name for name in options)
         parts.append(_entry(group, listed, 13))
     parts.append("\nKeys, with their defaults")
     parts.append(_entry("seed=0", "Seed of every random decision of the run."))

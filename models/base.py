@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowerbed.errors import ConfigError
@@ -101,13 +104,43 @@ class ModelSpec:
     input_shape: Shape
     num_classes: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """A safetensors file with initial values for some or all tensors of the state dict, by name."""
 
     def build(self, seed: int) -> nn.Module:
         """Return the model on the CPU; its initial weights are a pure function of this spec and ``seed``.
 
-        Raises ``ConfigError`` if the name or an option is unknown or the model cannot take the input.
+        Raises ``ConfigError`` if the name or an option is unknown, the model cannot take the input, or the file of
+        weights does not fit it.
         """
         # Here, not above: the zoo is made of models, which are made of this module.
         from flowerbed.models.zoo import build_model
 
-        return build_model(self.name, self.input_shape, self.num_classes, seed, **self.options)
+        model = build_model(self.name, self.input_shape, self.num_classes, seed, **self.options)
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        return model
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Put the tensors of a safetensors file into ``model`` by name; what the file lacks stays as it is.
+
+    Raises ``ConfigError`` if the file cannot be read, is of another model, or shares no tensor with this one.
+    """
+    try:
+        given = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"The weights {path} cannot be read: {error}.") from error
+    own = model.state_dict(keep_vars=True)
+    strange = sorted(given.keys() - own.keys())
+    if strange or not given:
+        what = f"has no tensor '{strange[0]}'" if strange else "gets nothing from it"
+        raise ConfigError(f"The weights {path} are those of another model: {type(model).__name__} {what}.")
+    with torch.no_grad():
+        for name, value in given.items():
+            if value.shape != own[name].shape:
+                raise ConfigError(
+                    f"The weights {path} are those of another model: '{name}' has shape {tuple(value.shape)}, "
+                    f"needed is {tuple(own[name].shape)}."
+                )
+            own[name].copy_(value)

@@ -1,7 +1,8 @@
 """The small convolutional networks of the federated literature.
 
 Where the papers write pool(relu(x)) the layers here are relu(pool(x)): the two commute, also in their
-gradients, and the second rectifies a quarter of the values.
+gradients, and the second rectifies a quarter of the values. What follows the last pool acts on flat features, so that
+values and their gradients have one memory order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from flowerbed.models.base import Net, Shape, classifier
-from flowerbed.models.layers import MaxPool, image_shape, norm
+from flowerbed.models.layers import ChannelsLast, MaxPool, image_shape, norm
 
 
 def lenet5(input_shape: Shape, num_classes: int) -> Net:
@@ -21,15 +22,15 @@ def lenet5(input_shape: Shape, num_classes: int) -> Net:
     missing_h, missing_w = max(32 - height, 0), max(32 - width, 0)
     margins = (missing_w // 2, missing_w - missing_w // 2, missing_h // 2, missing_h - missing_h // 2)
     pooled_h, pooled_w = (((max(side, 32) - 4) // 2 - 4) // 2 for side in (height, width))
-    body = nn.Sequential(
+    body = ChannelsLast(
         nn.ZeroPad2d(margins),
         nn.Conv2d(channels, 6, 5),
         MaxPool(),
         nn.ReLU(),
         nn.Conv2d(6, 16, 5),
         MaxPool(),
-        nn.ReLU(),
         nn.Flatten(),
+        nn.ReLU(),
         nn.Linear(16 * pooled_h * pooled_w, 120),
         nn.ReLU(),
         nn.Linear(120, 84),
@@ -44,14 +45,14 @@ def leaf_cnn(input_shape: Shape, num_classes: int) -> Net:
     1,663,370 parameters for 28x28x1 and 10 classes.
     """
     channels, height, width = image_shape("leaf_cnn", input_shape, 4)
-    body = nn.Sequential(
+    body = ChannelsLast(
         nn.Conv2d(channels, 32, 5, padding=2),
         MaxPool(),
         nn.ReLU(),
         nn.Conv2d(32, 64, 5, padding=2),
         MaxPool(),
-        nn.ReLU(),
         nn.Flatten(),
+        nn.ReLU(),
         nn.Linear(64 * (height // 4) * (width // 4), 512),
         nn.ReLU(),
     )
@@ -64,14 +65,14 @@ def pfl_cnn(input_shape: Shape, num_classes: int) -> Net:
     1,626,442 parameters for 32x32x3 and 10 classes.
     """
     channels, height, width = image_shape("pfl_cnn", input_shape, 6)
-    body = nn.Sequential(
+    body = ChannelsLast(
         nn.Conv2d(channels, 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
         MaxPool(),
+        nn.Flatten(),
         nn.ReLU(),
         nn.Dropout(0.25),
-        nn.Flatten(),
         nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
         nn.ReLU(),
         nn.Dropout(0.5),

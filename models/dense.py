@@ -10,9 +10,13 @@ from torch import nn
 from flowerbed.models.base import Net, Shape, classifier, require_at_least_one
 
 
-def linear(input_shape: Shape, num_classes: int) -> Net:
-    """Return multinomial logistic regression; its features are the flattened input."""
-    return classifier(nn.Flatten(), math.prod(input_shape), num_classes)
+def linear(input_shape: Shape, num_classes: int, *, softmax: bool = False) -> Net:
+    """Return multinomial logistic regression; its features are the flattened input.
+
+    ``softmax`` ends it in one, so that a cross entropy applies it twice: a defect of released code, for comparison.
+    """
+    net = classifier(nn.Flatten(), math.prod(input_shape), num_classes)
+    return Net(net.body, nn.Sequential(net.head, nn.Softmax(-1)), net.feature_dim) if softmax else net
 
 
 def mlp(input_shape: Shape, num_classes: int, *, hidden: tuple[int, ...] = (200,)) -> Net:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowerbed.errors import ConfigError, require
+from flowerbed.errors import require
 from flowerbed.models.base import Net, Shape
 
 PROTOTYPES = "head.prototypes"
@@ -27,10 +27,19 @@ def simplex(dim: int, num_classes: int) -> Tensor:
     require(
         dim >= num_classes, f"{num_classes} classes need as many dimensions, got {dim}; raise strategy.d."
     )
-    basis, _ = torch.linalg.qr(torch.randn(dim, num_classes, dtype=torch.float64))
+    return simplex_along(torch.randn(dim, num_classes, dtype=torch.float64)).float()
+
+
+def simplex_along(columns: Tensor) -> Tensor:
+    """Return the simplex frame ``sqrt(C / (C - 1)) P (I - 11^T / C)``, P being the Q of ``columns`` ``(dim, C)``.
+
+    ``columns`` has full rank and at least as many rows as columns, of which there are two or more.
+    """
+    num_classes = columns.shape[1]
+    basis, _ = torch.linalg.qr(columns)
     centred = basis - basis.mean(dim=1, keepdim=True)
     frame: Tensor = centred * math.sqrt(num_classes / (num_classes - 1))
-    return frame.float()
+    return frame
 
 
 class EtfHead(nn.Module):
@@ -61,12 +70,7 @@ def etf_net(
 ) -> Net:
     """Return the model called ``inner`` with its head replaced by an ``EtfHead`` of ``dim`` (0: as classes)."""
     # Here, not above: a registered builder may not need the registry it is in.
-    from flowerbed.models.zoo import draw_model
+    from flowerbed.models.zoo import draw_net
 
-    model = draw_model(inner, input_shape, num_classes, **(options or {}))
-    if not isinstance(model, Net):
-        raise ConfigError(
-            f"Model '{inner}' has no separate features and head, so its head cannot be replaced; let its builder "
-            "return flowerbed.models.base.Net(body, head, feature_dim)."
-        )
+    model = draw_net(inner, input_shape, num_classes, **(options or {}))
     return Net(model.body, EtfHead(model.feature_dim, dim or num_classes, num_classes), model.feature_dim)

@@ -11,6 +11,8 @@ ece                expected calibration error: sum over bins of n_b / n |accurac
                    formula as in Guo et al., ICML 2017, eq. 3.
 accuracy-GROUP-RULE  accuracy over the test samples of a group of classes, which a rule makes from the *training*
                    counts: see ``CLASS_GROUPS``. A group without test samples has none.
+accuracy-GROUP-own-RULE  the same with groups that every client makes from its own *test* counts, as a mean over
+                   the clients that have samples in the group; by the rule of the share only.
 """
 
 from __future__ import annotations
@@ -63,6 +65,14 @@ def counts(
         for name, value in task.counts(outputs, labels[rows].to(outputs.device)).items():
             sums[name] = sums[name] + value if name in sums else value
     return sums
+
+
+def masked(predictor: Callable[[Tensor], Tensor], absent: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return ``predictor`` with outputs of minus infinity for the classes in ``absent``, bool ``(C,)``.
+
+    They get probability zero, so a sample of such a class has an infinite loss.
+    """
+    return lambda inputs: predictor(inputs).masked_fill(absent, -math.inf)
 
 
 def metrics(sums: Mapping[str, Tensor], examples: int, num_classes: int) -> dict[str, Metric]:
@@ -119,6 +129,22 @@ def group_scores(summed: Mapping[str, Any], train_counts: Sequence[int]) -> dict
                     hits = sum(correct[c] for c in classes)
                     found[f"{prefix}accuracy-{name}-{rule}"] = hits / samples
     return found
+
+
+def own_group_scores(clients: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float]:
+    """Return the mean accuracy in the ``share_groups`` that every client makes from its own test counts.
+
+    ``clients`` are (correct, total) per class. A client without samples in a group is left out of its mean, as in
+    FedLoGe's released code, which calls these the local head, middle and tail.
+    """
+    found: dict[str, list[float]] = {}
+    for correct, total in clients:
+        for name, classes in share_groups(total).items():
+            samples = sum(total[c] for c in classes)
+            if samples:
+                accuracy = sum(correct[c] for c in classes) / samples
+                found.setdefault(f"accuracy-{name}-own-share-75-95", []).append(accuracy)
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
 def balanced_accuracy(correct: Sequence[float], total: Sequence[float]) -> float:

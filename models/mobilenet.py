@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flowerbed.models.base import Net, Shape, classifier
-from flowerbed.models.layers import GlobalMean, conv3x3, image_shape, kaiming, norm
+from flowerbed.models.layers import GlobalMean, conv3x3, image_shape, kaiming, norm, sequence
 
 STAGES = ((1, 16, 1, 1), (4, 24, 2, 2), (4, 40, 2, 2), (4, 80, 2, 2))
 """Expansion, channels, blocks and first stride of each stage."""
@@ -45,7 +45,7 @@ def mobilenet_tiny(input_shape: Shape, num_classes: int, *, norm: str = "bn", gr
             stride = 1 if index else first_stride
             layers.append(InvertedResidual(width, following, stride, expansion, norm, groups))
             width = following
-    body = nn.Sequential(*layers, *_pointwise(width, 320, norm, groups), GlobalMean())
+    body = sequence(norm, *layers, *_pointwise(width, 320, norm, groups), GlobalMean())
     kaiming(body)
     return classifier(body, 320, num_classes)
 

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import Net
+from flowerbed.models.layers import ChannelsLast, GlobalMean, MaxPool
 
+DRAWLESS = frozenset(
+    {
+        Net,
+        nn.Sequential,
+        ChannelsLast,
+        nn.Identity,
+        nn.Flatten,
+        nn.Linear,
+        nn.Conv2d,
+        nn.ReLU,
+        nn.Tanh,
+        MaxPool,
+    }
+    | {GlobalMean, nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d}
+)
+"""Layers that draw no random numbers when they compute."""
 WHOLE, BODY, HEAD = "", "body", "head"
 
 
@@ -28,6 +47,8 @@ class ModelParts:
     buffers: Mapping[str, Tensor]
     """The other tensors of the state dict by name; batch norm in training mode updates them in place."""
     in_place: bool
+    low: torch.dtype | None = None
+    """The type in which autocast computes the model; weights and what it returns keep theirs. None: theirs."""
 
     @classmethod
     def resident(cls, module: nn.Module) -> ModelParts:
@@ -36,6 +57,19 @@ class ModelParts:
         parameters = dict(module.named_parameters())
         buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
         return cls(module, parameters, buffers, in_place=True)
+
+    @cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The module's own parameters and buffers themselves, in the order of its state dict."""
+        return dict(self.module.state_dict(keep_vars=True))
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether the module may draw random numbers: not if it is made of layers known to draw none."""
+        return not all(
+            type(module) in DRAWLESS and not (module._forward_hooks or module._forward_pre_hooks)
+            for module in self.module.modules()
+        )
 
     @classmethod
     def functional(
@@ -60,7 +94,13 @@ class ModelParts:
         return self._apply(HEAD, z)
 
     def _apply(self, part: str, x: Tensor) -> Tensor:
-        module = self._submodule(part)
+        if self.low is not None:
+            with torch.autocast(x.device.type, self.low):
+                return self._compute(part, x).float()
+        return self._compute(part, x)
+
+    def _compute(self, part: str, x: Tensor) -> Tensor:
+        module = self._submodule(part) if part else self.module
         if self.in_place:
             y: Tensor = module(x)
             return y
@@ -75,7 +115,7 @@ class ModelParts:
         return y
 
     def _submodule(self, part: str) -> nn.Module:
-        if part and not isinstance(self.module, Net):
+        if not isinstance(self.module, Net):
             raise ConfigError(
                 f"{type(self.module).__name__} has no separate features and head; let its builder return "
                 "flowerbed.models.base.Net(body, head, feature_dim)."

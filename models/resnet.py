@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import Builder, Net, Shape, classifier
-from flowerbed.models.layers import GlobalMean, MaxPool, conv3x3, image_shape, kaiming, norm
+from flowerbed.models.layers import GlobalMean, MaxPool, conv3x3, image_shape, kaiming, norm, sequence
 
 
 class PadShortcut(nn.Module):
@@ -83,7 +83,8 @@ def cifar_resnet(depth: int) -> Builder:
         _check_choice(name, "shortcut", shortcut, ("A", "B"))
         channels, *_ = image_shape(name, input_shape, 4)
         stages = [(width, (depth - 2) // 6) for width in (16, 32, 64)]
-        body = nn.Sequential(
+        body = sequence(
+            norm,
             *_cifar_stem(channels, 16, norm, groups),
             *_basic_stages(16, stages, shortcut, norm, groups),
             GlobalMean(),

@@ -25,6 +25,9 @@ class Task(Protocol):
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return one loss per sample, ``(N,)``."""
 
+    def mean_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean of ``loss``, a scalar, and take less time for it."""
+
     def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return sums over the batch that may be added to those of any other batch.
 
@@ -46,6 +49,9 @@ class Classification:
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs, labels, reduction="none")
+
+    def mean_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels)
 
     def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hits = (outputs.argmax(-1) == labels).long()
@@ -82,14 +88,47 @@ class NextToken:
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.transpose(1, 2), labels, reduction="none").mean(1)
 
+    def mean_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(outputs, labels).mean()
+
     def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return Classification(self.vocab).counts(outputs.flatten(0, 1), labels.flatten())
 
 
+@dataclass(frozen=True)
+class MeasuredTask:
+    """Data without labels to predict (reconstruction, generation, regression on extras).
+
+    The strategy brings its own loss, and a model is judged by ``evaluation.measures`` alone.
+    """
+
+    num_classes: int
+
+    @property
+    def classes(self) -> int:
+        return self.num_classes
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        raise ConfigError(
+            "This data set has no labels to predict, hence no loss of its own; choose a strategy that brings one."
+        )
+
+    def mean_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(outputs, labels)
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        raise ConfigError(
+            "This data set has no labels to predict, so nothing can be counted; name evaluation.measures, and set "
+            "evaluation.clients_every=0."
+        )
+
+
 def task_for(name: str, num_classes: int) -> Task:
-    """Return the task called ``classification`` or ``next-token``, over ``num_classes`` classes or tokens."""
+    """Return the task called ``classification``, ``next-token`` or ``measured``, over that many classes or tokens."""
     if name == "classification":
         return Classification(num_classes)
     if name == "next-token":
         return NextToken(num_classes)
-    raise ConfigError(unknown_name("task", name, ("classification", "next-token")))
+    if name == "measured":
+        return MeasuredTask(num_classes)
+    raise ConfigError(unknown_name("task", name, ("classification", "next-token", "measured")))

@@ -12,11 +12,11 @@ from torch import nn
 from flowerbed import seeds
 from flowerbed.errors import ConfigError, unknown_name
 from flowerbed.models import cnn, dense, foreign, mobilenet, recurrent, resnet, transformer
-from flowerbed.models.base import Builder, Shape
+from flowerbed.models.base import Builder, Net, Shape
 from flowerbed.registry import Registry
 
 MODELS: Registry[Builder] = Registry("model")
-for _name, _builder in {
+_BUILDERS: dict[str, Builder] = {
     "linear": dense.linear,
     "mlp": dense.mlp,
     "lenet5": cnn.lenet5,
@@ -35,7 +35,8 @@ for _name, _builder in {
     "gpt_tiny": transformer.gpt_tiny,
     "char_lstm": recurrent.char_lstm,
     "char_gru": recurrent.char_gru,
-}.items():
+}
+for _name, _builder in _BUILDERS.items():
     MODELS.add(_name, _builder)
 
 
@@ -59,6 +60,17 @@ def draw_model(name: str, input_shape: Shape, num_classes: int, **options: Any) 
     builder = foreign.timm_builder(name) if name.startswith(foreign.PREFIX) else MODELS.get(name)
     checked = _check_options(name, builder, options)
     return builder(tuple(input_shape), num_classes, **checked)
+
+
+def draw_net(name: str, input_shape: Shape, num_classes: int, **options: Any) -> Net:
+    """Do what ``draw_model`` does, for builders that replace the head; the model must be a ``Net``."""
+    model = draw_model(name, input_shape, num_classes, **options)
+    if not isinstance(model, Net):
+        raise ConfigError(
+            f"Model '{name}' has no separate features and head, so its head cannot be replaced; let its builder "
+            "return flowerbed.models.base.Net(body, head, feature_dim)."
+        )
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from flowerbed import messages
-from flowerbed.errors import CheckpointError, ConfigError, RunError
+from flowerbed.errors import CheckpointError, ConfigError, DivergedError, RunError
+from flowerbed.pooling import Pooled
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, EarlyStop, MetricsLog, Record
 from flowerbed.server.checkpoint import Checkpoint, Checkpoints
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
-from flowerbed.server.replies import Failure, check_replies, first_non_finite
+from flowerbed.server.replies import (
+    Failure,
+    Settled,
+    check_replies,
+    first_non_finite,
+    sent_shapes,
+    settle_pool,
+)
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import FederatedStrategy, Phase
 
@@ -62,10 +70,15 @@ class _Answers:
     phase: str
     started: float
     asked: int
-    usable: list[Message]
+    answered: int
+    """How many replies are usable."""
     failures: list[Failure]
     bytes_down: int
     bytes_up: int
+    usable: Sequence[Message] = ()
+    """The usable replies in the order of asking, where they are messages."""
+    settled: Settled | None = None
+    """Their sums, where the grid added them up."""
 
     def record(self, metrics: dict[str, Any]) -> Record:
         """Return the line of metrics.jsonl for this exchange."""
@@ -74,7 +87,7 @@ class _Answers:
             self.phase,
             metrics,
             asked=self.asked,
-            answered=len(self.usable),
+            answered=self.answered,
             failed=len(self.failures),
             seconds=time.perf_counter() - self.started,
             bytes_down=self.bytes_down,
@@ -92,6 +105,9 @@ class Federation:
     """The initial global model: parameters and buffers by name."""
     grid: Grid
     params: FederationParams
+    exchange: str = "auto"
+    """How training replies come back: messages, one from each client; pooled, as sums; auto: as sums where neither
+    the strategy nor the grid needs messages. The model is the same in every bit."""
     evaluator: ServerEvaluator | None = None
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
@@ -112,7 +128,6 @@ class Federation:
                 "Checkpoints need a metrics log beside them; give Federation(log=MetricsLog(...))."
             )
         self.history: list[Record] = []
-        self._clients = {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
 
     def run(self, *, resume: bool = False) -> RunResult:
         """Run all phases and return the result.
@@ -186,35 +201,71 @@ class Federation:
     def _exchange(self, server_round: int, phase: Phase) -> None:
         """Ask the clients, use what is usable, and move the model."""
         arrays = messages.array_record(self.model)
-        asked = list(self.strategy.configure_train(server_round, arrays, self._config(), self.grid))
-        if not asked:
-            raise RunError(f"Round {server_round}: the strategy asked no client.")
-        answers = self._ask(asked, server_round, phase.name)
-        usable = answers.usable[: self.params.wanted]
-        needed = max(1, round(self.params.quorum * self.params.wanted))
-        if len(usable) < needed:
+        refusal = self.pooling_refusal()
+        if refusal is None:
+            answers = self._pool(arrays, server_round, phase.name)
+        elif self.exchange == "pooled" and phase.message_type == "train":
+            raise ConfigError(f"grid.exchange=pooled cannot be used: {refusal}; set grid.exchange=auto.")
+        else:
+            asked = list(self.strategy.configure_train(server_round, arrays, self._config(), self.grid))
+            _require_someone(server_round, asked)
+            answers = self._ask(asked, server_round, phase.name)
+        wanted = answers.asked if phase.everyone else self.params.wanted
+        used = min(answers.answered, wanted)
+        needed = max(1, round(self.params.quorum * wanted))
+        if used < needed:
             self._record(answers.record({}))
             first = answers.failures[0] if answers.failures else None
-            raise RunError(
-                f"Round {server_round}: {len(usable)} of {len(asked)} clients gave a usable reply, "
+            diverged = {failure.kind for failure in answers.failures} == {"non-finite"}
+            raise (DivergedError if diverged else RunError)(
+                f"Round {server_round}: {used} of {answers.asked} clients gave a usable reply, "
                 f"{needed} are needed (federation.quorum={self.params.quorum})."
                 + (f" First failure: client {first.client}, {first.reason}." if first else "")
             )
-        updated, metrics = self.strategy.aggregate_train(server_round, usable)
+        self.strategy.rejected.clear()
+        updated, metrics = self._aggregate(server_round, answers, used)
+        numbers = self._numbers(self.strategy.rejected)
+        answers.failures.extend(
+            Failure(server_round, numbers[node], "rejected", reason)
+            for node, reason in self.strategy.rejected.items()
+        )
         if updated is not None:
             bad = first_non_finite(updated)
             if bad is not None:
-                raise RunError(
+                raise DivergedError(
                     f"Round {server_round}: the aggregated model is not finite ('{bad}'); lower local.lr or "
                     "the strategy's server learning rate."
                 )
             self.model = messages.tensors(updated)
         elif phase.message_type == "train":
             raise RunError(
-                f"Round {server_round}: {type(self.strategy).__name__} made no model from {len(usable)} replies; "
+                f"Round {server_round}: {type(self.strategy).__name__} made no model from {used} replies; "
                 "it may need more clients a round."
             )
         self._record(answers.record(_plain(metrics)))
+
+    def _aggregate(
+        self, server_round: int, answers: _Answers, used: int
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        settled, pooling = answers.settled, self.strategy.pooled
+        if settled is None or settled.layout is None or pooling is None:
+            return self.strategy.aggregate_train(server_round, answers.usable[:used])
+        pooled = Pooled.of(pooling, settled.layout, settled.sums)
+        return self.strategy.aggregate_pooled(server_round, pooled)
+
+    def pooling_refusal(self) -> str | None:
+        """Return a sentence that says why training replies of this phase come as messages; None if as sums."""
+        if self.exchange == "messages":
+            return "grid.exchange=messages asks for a message from each client"
+        if self.params.oversample:
+            return (
+                "federation.oversample asks more clients than are used, so that replies are chosen one by one"
+            )
+        # Looked up on the class: what only wraps a grid and changes its messages must see them.
+        if not hasattr(type(self.grid), "run_cohort"):
+            return f"{type(self.grid).__name__} carries messages only"
+        refusal: str | None = self.strategy.pooling_refusal() or self.grid.cohort_refusal()  # type: ignore[attr-defined]
+        return refusal
 
     def _evaluate_clients(self, server_round: int) -> None:
         arrays = messages.array_record(self.strategy.deliver(self.model))
@@ -229,6 +280,8 @@ class Federation:
             return
         started = time.perf_counter()
         metrics = dict(self.evaluator(self.strategy.deliver(self.model)))
+        for name, model in self.strategy.alternatives(self.model).items():
+            metrics.update({f"{name}-{key}": value for key, value in self.evaluator(model).items()})
         self._record(
             Record(server_round, SERVER, self._derived(metrics), seconds=time.perf_counter() - started)
         )
@@ -237,21 +290,58 @@ class Federation:
         """Return the metrics of an evaluation with what follows from them."""
         return {**metrics, **self.derive(metrics)} if self.derive is not None else metrics
 
+    def _pool(self, arrays: ArrayRecord, server_round: int, phase: str) -> _Answers:
+        """Let the grid run the clients and add up their replies."""
+        started = time.perf_counter()
+        content, nodes = self.strategy.question(server_round, arrays, self._config(), self.grid)
+        _require_someone(server_round, nodes)
+        pooling = self.strategy.pooled or {}
+        answered = self._announcer(server_round, phase, len(nodes))
+        pool = self.grid.run_cohort(content, nodes, pooling, answered)  # type: ignore[attr-defined]
+        numbers = self._numbers(nodes)
+        asked = [numbers[node] for node in nodes]
+        settled = settle_pool(pool, sent_shapes(content), asked, server_round)
+        return _Answers(
+            server_round,
+            phase,
+            started,
+            len(nodes),
+            settled.count,
+            settled.failures,
+            bytes_down=len(nodes) * messages.nbytes(content),
+            bytes_up=pool.nbytes,
+            settled=settled,
+        )
+
+    def _announcer(self, server_round: int, phase: str, asked: int) -> Callable[[bool], None]:
+        """Tell the callbacks that clients were asked; return what tells them that one has answered."""
+        for callback in self.callbacks:
+            callback.asked(server_round, phase, asked)
+
+        def answered(ok: bool) -> None:
+            for callback in self.callbacks:
+                callback.answered(server_round, ok)
+
+        return answered
+
+    def _numbers(self, nodes: Iterable[int]) -> dict[int, int]:
+        """Return the client number of each node; a node that the grid does not have keeps its id."""
+        if hasattr(self.grid, "nodes"):
+            known: range = self.grid.nodes
+            return {node: known.index(node) if node in known else node for node in nodes}
+        places = {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
+        return {node: places.get(node, node) for node in nodes}
+
     def _ask(self, asked: list[Message], server_round: int, phase: str) -> _Answers:
         """Exchange messages with the clients and sort what comes back."""
         started = time.perf_counter()
-        for callback in self.callbacks:
-            callback.asked(server_round, phase, len(asked))
-
-        def answered(reply: Message) -> None:
-            for callback in self.callbacks:
-                callback.answered(server_round, not reply.has_error())
-
+        answered = self._announcer(server_round, phase, len(asked))
         # Our grids report replies as they arrive; with Flower's own grid the progress display just waits.
         if hasattr(self.grid, "on_reply"):
-            self.grid.on_reply = answered
+            self.grid.on_reply = lambda reply: answered(not reply.has_error())
         replies = list(self.grid.send_and_receive(asked))
-        checked = check_replies(asked, replies, self._clients, server_round)
+        numbers = self._numbers(message.metadata.dst_node_id for message in asked)
+        checked = check_replies(asked, replies, numbers, server_round)
         # Most messages of a round share one content, which is measured once.
         contents = {id(message.content): message.content for message in asked}
         measured = {key: messages.nbytes(content) for key, content in contents.items()}
@@ -260,10 +350,11 @@ class Federation:
             phase,
             started,
             len(asked),
-            checked.usable,
+            len(checked.usable),
             checked.failures,
             bytes_down=sum(measured[id(message.content)] for message in asked),
             bytes_up=sum(messages.nbytes(reply.content) for reply in replies if reply.has_content()),
+            usable=checked.usable,
         )
 
     def _config(self) -> ConfigRecord:
@@ -284,6 +375,11 @@ class Federation:
         if self.store is not None:
             oldest = self.checkpoints.rounds()[0]
             self.store.prune(oldest)
+
+
+def _require_someone(server_round: int, asked: Sequence[object]) -> None:
+    if not asked:
+        raise RunError(f"Round {server_round}: the strategy asked no client.")
 
 
 def _due(every: int, server_round: int) -> bool:

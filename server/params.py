@@ -15,6 +15,9 @@ class FederationParams:
     """Registered clients (N)."""
     cohort: int = 0
     """Clients that train in a round (m); 0 means all."""
+    sampling: str = "uniform"
+    """Who is asked to train: uniform; weighted (chances by samples; use strategy.weighting=uniform with it); cyclic
+    (shuffled passes over all clients); or package.module:Class, made from a flowerbed.server.sampling.Draws."""
     rounds: int = 20
     """Training rounds (T)."""
     oversample: float = 0.0
@@ -53,6 +56,12 @@ class EvaluationParams:
     """Rounds between evaluations by the clients on their own test data; 0 means never."""
     clients: int = 0
     """Clients that evaluate; 0 means all."""
+    mask: str = "none"
+    """Classes that no client's own evaluation can predict, whatever the method: none; train: those that the client
+    has no training sample of; test: those that it has no test sample of, an oracle."""
+    measures: tuple[str, ...] = ()
+    """Further metrics of the server's evaluations: functions by import path, package.module:function, of a
+    ``flowerbed.experiments.measures.Measured``."""
     last: int = 5
     """Evaluations over which the summary's final figures are averaged (never the best one)."""
 
@@ -60,7 +69,16 @@ class EvaluationParams:
         require(self.every >= 0, f"evaluation.every is {self.every}; give 0 or more.")
         require(self.clients_every >= 0, f"evaluation.clients_every is {self.clients_every}; give 0 or more.")
         require(self.clients >= 0, f"evaluation.clients is {self.clients}; give 0 (all) or more.")
+        require(
+            self.mask in ("none", "train", "test"),
+            f"evaluation.mask is '{self.mask}'; choose none, train or test.",
+        )
         require(self.last >= 1, f"evaluation.last is {self.last}; give at least 1.")
+        object.__setattr__(self, "measures", tuple(self.measures))
+        require(
+            all(":" in path for path in self.measures),
+            f"evaluation.measures is {list(self.measures)}; give import paths, package.module:function.",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import cmath
-import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
-from flowerbed import messages
+from flowerbed import messages, pooling
+from flowerbed.pooling import WEIGHT, Layout, Metric, Pool, Refused, Sums
 
 T = TypeVar("T", bound=Hashable)
-Metric = int | float | list[int] | list[float]
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 """Shape of every array, by stream and name."""
 
@@ -27,8 +24,8 @@ class Failure:
     round: int
     client: int
     kind: str
-    """raised, died, time-limit, quarantined, no-reply, non-finite, wrong-shape, missing-metric or
-    missing-stream."""
+    """raised, died, time-limit, quarantined, no-reply, non-finite, wrong-shape, missing-metric,
+    missing-stream, or rejected (by the strategy)."""
     reason: str
 
 
@@ -46,7 +43,6 @@ def check_replies(
     replies: Sequence[Message],
     clients: Mapping[int, int],
     server_round: int,
-    weight_key: str = "num-examples",
 ) -> Checked:
     """Sort replies into usable ones and failures.
 
@@ -71,14 +67,15 @@ def check_replies(
             fail(node, _error_kind(reason), reason)
         else:
             answered.append(reply)
-    sent = _shapes(messages.array_records(asked[0].content)) if asked else {}
+    sent = sent_shapes(asked[0].content) if asked else {}
     read = [_Read.of(reply) for reply in answered]
     usual_metrics = _most_common([frozenset(r.metrics) for r in read]) or frozenset()
     usual = _usual_shapes(read)
     usable: list[Message] = []
     for one in read:
         problem = (
-            _metric_problem(one.metrics, usual_metrics, weight_key)
+            _missing_problem(frozenset(one.metrics), usual_metrics)
+            or pooling.metric_problem(one.metrics)
             or _shape_problem(one.shapes, sent, usual)
             or _number_problem(one.streams)
         )
@@ -89,16 +86,73 @@ def check_replies(
     return Checked(usable, failures)
 
 
+@dataclass(frozen=True)
+class Settled:
+    """The outcome of an exchange in which the grid added up the replies."""
+
+    layout: Layout | None
+    """What most replies have in common; None if none is usable."""
+    sums: Sums
+    """Of the usable replies."""
+    failures: list[Failure]
+
+    @property
+    def count(self) -> int:
+        """How many replies are usable."""
+        return len(self.sums.places)
+
+
+def settle_pool(pool: Pool, sent: Shapes, clients: Sequence[int], server_round: int) -> Settled:
+    """Decide which of the sums that a grid brought back are usable, by the rules of ``check_replies``.
+
+    ``sent`` are the shapes of the streams that were sent, ``clients`` the numbers of the clients that were asked.
+    Replies were added up by layout, so that those which differ from most can still be left out.
+    """
+    found = sorted(pool.sums.items(), key=lambda item: min(item[1].places))
+    votes: Counter[frozenset[str]] = Counter()
+    by_shape: list[tuple[Shapes, int]] = []
+    for layout, sums in found:
+        votes[layout.metrics] += len(sums.places)
+        known = [i for i, (shapes, _) in enumerate(by_shape) if shapes == layout.shapes]
+        if known:
+            by_shape[known[0]] = (layout.shapes, by_shape[known[0]][1] + len(sums.places))
+        else:
+            by_shape.append((layout.shapes, len(sums.places)))
+    usual_metrics = votes.most_common(1)[0][0] if votes else frozenset()
+    usual = max(by_shape, key=lambda item: item[1])[0] if by_shape else {}
+    chosen: tuple[Layout, Sums] | None = None
+    refused: list[Refused] = []
+    for layout, sums in found:
+        problem = _missing_problem(layout.metrics, usual_metrics) or _shape_problem(
+            layout.shapes, sent, usual
+        )
+        if problem is None and chosen is not None and layout.streams != chosen[0].streams:
+            problem = "wrong-shape", "its tensors have other types than those of most replies"
+        if problem is not None:
+            refused += [Refused(place, *problem) for place in sums.places]
+        elif chosen is None:
+            chosen = Layout(layout.streams, usual_metrics), sums
+        else:
+            chosen[1].merge(sums)
+    refused += pool.refused
+    # As where replies are messages: first who did not answer, then who answered what is of no use.
+    refused.sort(key=lambda r: (bool(r.kind), r.place))
+    failures = [
+        Failure(server_round, clients[r.place], r.kind or _error_kind(r.reason), r.reason) for r in refused
+    ]
+    if chosen is None:
+        return Settled(None, Sums({}, {}, pooling.Tally(), []), failures)
+    return Settled(*chosen, failures)
+
+
 def first_non_finite(record: ArrayRecord) -> str | None:
     """Return the name of the first array that holds NaN or infinity, or None."""
-    for name, tensor in messages.tensors(record).items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        # A sum is finite only if every term is, and costs one pass; where it is not, finite terms may
-        # have overflowed, so the terms decide.
-        if not cmath.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
-            return name
-    return None
+    return pooling.first_non_finite(messages.tensors(record))
+
+
+def sent_shapes(content: RecordDict) -> Shapes:
+    """Return the shape of every array of a message, by stream and name."""
+    return _shapes(messages.array_records(content))
 
 
 def _error_kind(reason: str) -> str:
@@ -146,20 +200,9 @@ def _most_common(values: Sequence[T]) -> T | None:
     return Counter(values).most_common(1)[0][0] if values else None
 
 
-def _metric_problem(
-    found: Mapping[str, Metric], usual: frozenset[str], weight_key: str
-) -> tuple[str, str] | None:
-    missing = sorted((usual | {weight_key}) - found.keys())
-    if missing:
-        return "missing-metric", f"metric '{missing[0]}' is missing"
-    for name, value in found.items():
-        numbers = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(v) for v in numbers):
-            return "non-finite", f"metric '{name}' is {value}"
-    weight = found[weight_key]
-    if isinstance(weight, list) or weight < 0:
-        return "missing-metric", f"metric '{weight_key}' is {weight}, not a number of examples"
-    return None
+def _missing_problem(found: frozenset[str], usual: frozenset[str]) -> tuple[str, str] | None:
+    missing = sorted((usual | {WEIGHT}) - found)
+    return ("missing-metric", f"metric '{missing[0]}' is missing") if missing else None
 
 
 def _shape_problem(found: Shapes, sent: Shapes, usual: Shapes) -> tuple[str, str] | None:

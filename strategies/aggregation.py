@@ -1,4 +1,8 @@
-"""How replies become one: pure functions over tensors and metrics, in a fixed order, in float64."""
+"""How replies become one: pure functions over tensors and metrics, in a fixed order, in float64.
+
+What an algorithm takes as weighted means of whole streams it declares (``FederatedStrategy.pooled``) and does
+not compute here: see ``flowerbed.pooling``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor
 from flowerbed.clients.local_round import Metric
 from flowerbed.errors import RunError
 from flowerbed.models import evaluation
+from flowerbed.pooling import Tally
 from flowerbed.storage import Tensors
 
 SUMMED = ("num-examples", "steps", "kept-per-class", *evaluation.COUNTS)
@@ -44,15 +49,20 @@ def weighted_mean(models: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
 def mean_metrics(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     """Return the example-weighted mean of scalar metrics and the sum of the ``SUMMED``."""
-    weights = [scalar(r["num-examples"]) for r in replies]
-    total = sum(weights) or 1.0
+    tally = Tally()
+    for metrics in replies:
+        tally.add(metrics)
+    return tallied(tally, frozenset.intersection(*(frozenset(r) for r in replies)))
+
+
+def tallied(tally: Tally, names: frozenset[str]) -> MetricRecord:
+    """Return the example-weighted mean of scalar metrics and the sum of the ``SUMMED``, of those in ``names``."""
     result: dict[str, Metric] = {}
-    for name, first in replies[0].items():
-        if name.endswith(SUMMED):
-            result[name] = _added([r[name] for r in replies])
-        elif not isinstance(first, list):
-            weighted = [w * scalar(r[name]) for w, r in zip(weights, replies, strict=True)]
-            result[name] = sum(weighted) / total
+    for name in tally.names:
+        if name in names and name.endswith(SUMMED):
+            result[name] = tally.sum_of(name)
+        elif name in names and name in tally.plain:
+            result[name] = tally.mean_of(name)
     return MetricRecord(result)
 
 
@@ -60,18 +70,21 @@ def summed_evaluation(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
     """Return the evaluation of all clients together, and how it spreads over clients.
 
     ``accuracy``, ``loss`` and the other ``evaluation.scores`` are over all clients' samples. ``accuracy-mean``,
-    ``accuracy-worst`` and the rest of ``evaluation.spread`` are over the clients that have test samples. The same
-    for every predictor, under its prefix.
+    ``accuracy-worst`` and the rest of ``evaluation.spread`` are over the clients that have test samples, and so are
+    the ``evaluation.own_group_scores``. The same for every predictor, under its prefix.
     """
     summed = dict(mean_metrics(replies))
     result: dict[str, Metric] = {**summed, **evaluation.scores(summed)}
     for name in summed:
         if name.endswith("correct-per-class"):
-            accuracy = f"{name.removesuffix('correct-per-class')}accuracy"
-            per_client = [scalar(r[accuracy]) for r in replies if r["num-examples"]]
-            if per_client:
-                spread = evaluation.spread(per_client)
+            prefix = name.removesuffix("correct-per-class")
+            accuracy, tested = f"{prefix}accuracy", [r for r in replies if r["num-examples"]]
+            if tested:
+                spread = evaluation.spread([scalar(r[accuracy]) for r in tested])
                 result.update({f"{accuracy}-{kind}": value for kind, value in spread.items()})
+                counts = [(_counts(r[name]), _counts(r[f"{prefix}total-per-class"])) for r in tested]
+                own = evaluation.own_group_scores(counts)
+                result.update({prefix + kind: value for kind, value in own.items()})
     return MetricRecord(result)
 
 
@@ -82,12 +95,9 @@ def scalar(metric: Metric) -> float:
     return float(metric)
 
 
+def _counts(metric: Metric) -> list[int]:
+    return [int(count) for count in _entries(metric)]
+
+
 def _entries(metric: Metric) -> list[float]:
     return list(metric) if isinstance(metric, list) else [metric]
-
-
-def _added(values: Sequence[Metric]) -> Metric:
-    if isinstance(values[0], list):
-        columns = zip(*(_entries(v) for v in values), strict=True)
-        return [sum(column) for column in columns]
-    return sum(v for v in values if not isinstance(v, list))

@@ -23,6 +23,7 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
+from flowerbed.pooling import Pooled, Pooling, means
 from flowerbed.registry import Registry
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies import aggregation
@@ -61,6 +62,8 @@ class Phase:
     rounds: int
     message_type: str = "train"
     """``train``, or ``query`` for rounds that ask for statistics and leave the model as it is."""
+    everyone: bool = False
+    """Whether all clients are asked, whatever the cohort."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Setting:
     """The local training of every client."""
     server: ServerSide | None = None
     """What a server half needs to train by itself; None where there is nothing of the kind."""
+    class_counts: tuple[int, ...] = ()
+    """Samples of each class in all clients' training data together, for refusing data that a method cannot use;
+    nothing may be trained with them. () means unknown."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,9 @@ class ServerTransform:
     Every method may be left as it is. ``parameters`` names the trainable parameters: buffers are none of a
     transform's business unless it says so.
     """
+
+    merges: bool = False
+    """Whether it puts the mean of all replies in the place of every one."""
 
     def configure(self, server_round: int, asked: Sequence[Message], grid: Grid) -> None:
         """Prepare a training round: exchange messages of one's own, add to the contents of those to be sent.
@@ -152,6 +161,8 @@ class FederatedStrategy(Strategy):
     individual_replies: bool = False
     """Whether the algorithm needs every reply as its client sent it (robust rules, stale starts), so that a
     transform may not put their mean in their place."""
+    sums_in_queries: bool = False
+    """Whether the answers to the algorithm's queries matter by their sum alone, so that they can be masked."""
 
     def __init__(self, params: Any = None) -> None:
         """``params`` is an instance of ``Params``; by default its defaults."""
@@ -163,12 +174,40 @@ class FederatedStrategy(Strategy):
         self.phase = Phase("train", 0)
         self.current: Tensors = {}
         """The model as it was broadcast in this round."""
+        self.asked: Sequence[int] = ()
+        """The nodes that were asked in this round, in order."""
+        self.rejected: dict[int, str] = {}
+        """Replies of this round that ``aggregate_train`` found unusable: node id to reason. The loop counts them."""
 
-    # What an algorithm overrides.
+    # What an algorithm overrides: ``pooled`` and ``combine`` where means are all it needs, else ``aggregate``.
+
+    @property
+    def pooled(self) -> Pooling | None:
+        """The means of streams that are all the algorithm takes from the replies; None if it needs more.
+
+        Where they are, a grid may add up the replies of a round as they come and bring back the sums alone.
+        """
+        return None
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
+        """Return the next model from the broadcast one and the means named in ``pooled``, over ``count`` replies."""
+        raise NotImplementedError
 
     def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
         """Return the next model from the broadcast one and the usable replies, in the order of asking."""
-        raise NotImplementedError
+        pooling = self.pooled
+        if pooling is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} defines neither aggregate nor pooled and combine."
+            )
+        places = {node: place for place, node in enumerate(self.asked)}
+        if not all(reply.node in places for reply in replies):
+            places = {reply.node: place for place, reply in enumerate(replies)}
+        rows = ((places[r.node], r.streams, r.metrics) for r in replies)
+        found = means(rows, pooling, len(places))
+        return self.combine(server_round, current, found, len(replies))
 
     def broadcast(self, server_round: int) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Return further streams to send beside the model, for example control variates."""
@@ -185,6 +224,13 @@ class FederatedStrategy(Strategy):
         argument as it is, and may be called at any time.
         """
         return model
+
+    def alternatives(self, model: Tensors) -> Mapping[str, Tensors]:
+        """Return further models for the server to evaluate beside the delivered one, by the prefix of their metrics.
+
+        For post-processing, whose effect a single run then shows. ``model`` is the one that training goes on with.
+        """
+        return {}
 
     def phases(self, rounds: int) -> list[Phase]:
         """Return the phases of a run of ``rounds`` training rounds."""
@@ -231,17 +277,25 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask the sampled nodes, all with one and the same content."""
-        self.current = messages.tensors(arrays)
-        nodes = self._sampler.train(server_round, list(grid.get_node_ids()))
-        content = RecordDict({MODEL: self._shared(arrays)})
-        for name, stream in self.broadcast(server_round).items():
-            content[name] = messages.array_record(stream)
-        content[CONFIG] = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
+        content, nodes = self.question(server_round, arrays, config, grid)
         kind = self.phase.message_type
         asked = [Message(content=content, dst_node_id=node, message_type=kind) for node in nodes]
         for transform in self.transforms:
             transform.configure(server_round, asked, grid)
         return asked
+
+    def question(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> tuple[RecordDict, Sequence[int]]:
+        """Return what is sent to every client of the round, and the sampled nodes."""
+        self.current = messages.tensors(arrays)
+        sampler = Everyone() if self.phase.everyone else self._sampler
+        self.asked = sampler.train(server_round, nodes_of(grid))
+        content = RecordDict({MODEL: self._shared(arrays)})
+        for name, stream in self.broadcast(server_round).items():
+            content[name] = messages.array_record(stream)
+        content[CONFIG] = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
+        return content, self.asked
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -255,6 +309,33 @@ class FederatedStrategy(Strategy):
         # What stayed at home (private parameters) keeps its value on the server.
         model = {**self.current, **self.aggregate(server_round, self.current, usable)}
         return self.finished(server_round, model, metrics, len(usable))
+
+    def aggregate_pooled(self, server_round: int, pooled: Pooled) -> tuple[ArrayRecord, MetricRecord]:
+        """Do what ``aggregate_train`` does, given the means of the usable replies instead of these."""
+        metrics = aggregation.tallied(pooled.tally, pooled.metrics)
+        model = {**self.current, **self.combine(server_round, self.current, pooled.means, pooled.count)}
+        return self.finished(server_round, model, metrics, pooled.count)
+
+    def pooling_refusal(self) -> str | None:
+        """Return a sentence that says why the replies of this phase are needed one by one; None if they are not."""
+        name = type(self).__name__
+        for method in ("configure_train", "question", "aggregate_train", "transformed"):
+            if getattr(type(self), method) is not getattr(FederatedStrategy, method):
+                return f"{name} handles the replies itself (it overrides '{method}')"
+        if self.individual_replies or self.pooled is None:
+            return f"{name} needs every reply as its client sent it"
+        for kind in type(self).__mro__:
+            if "pooled" in vars(kind):
+                break
+            if "aggregate" in vars(kind):
+                return (
+                    f"{kind.__name__} aggregates replies one by one (it overrides 'aggregate', not 'pooled')"
+                )
+        if self.transforms:
+            return f"{type(self.transforms[0]).__name__} needs every reply"
+        if self.phase.message_type != "train":
+            return f"phase '{self.phase.name}' asks for statistics"
+        return None
 
     def transformed(self, server_round: int, replies: list[ClientReply]) -> list[ClientReply]:
         """Return the replies as the transforms leave them."""
@@ -277,7 +358,7 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask the sampled nodes to evaluate the model on their own test data."""
-        nodes = self._sampler.evaluate(server_round, list(grid.get_node_ids()))
+        nodes = self._sampler.evaluate(server_round, nodes_of(grid))
         record = ConfigRecord({**config, "server-round": server_round, "phase": self.phase.name})
         content = RecordDict({MODEL: self._shared(arrays)})
         for name, stream in self.broadcast_evaluate(server_round).items():
@@ -318,6 +399,12 @@ class FederatedStrategy(Strategy):
             if name not in private:
                 record[name] = array
         return record
+
+
+def nodes_of(grid: Grid) -> Sequence[int]:
+    """Return the node ids of a grid; ours have a range of them and make no list of a million."""
+    nodes: Sequence[int] | None = getattr(grid, "nodes", None)
+    return list(grid.get_node_ids()) if nodes is None else nodes
 
 
 def decode(message: Message) -> ClientReply:

@@ -31,7 +31,9 @@ class Bulyan(robust.RobustStrategy):
     def least_replies(self) -> int:
         return 4 * self.params.f + 3
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         f = self.params.f
         picked = robust.bulyan_selection(robust.squared_distances(models, parameters), f)
         count = len(picked) - 2 * f

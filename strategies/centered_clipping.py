@@ -62,7 +62,9 @@ class CenteredClipping(RobustStrategy):
     def least_replies(self) -> int:
         return max(10 * self.params.f, 1)
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         start = {n: wide(current[n]) for n in parameters}
         center = self.state.get(CENTER) or {n: torch.zeros_like(v) for n, v in start.items()}
         for _ in range(self.params.L):

@@ -12,11 +12,13 @@ parameters, but are never scaled by the server's learning rate; integer counters
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flowerbed.clients.local_round import MODEL
 from flowerbed.errors import require
+from flowerbed.pooling import Mean, Pooling
 from flowerbed.storage import Tensors
-from flowerbed.strategies.aggregation import weighted_mean
 from flowerbed.strategies.base import STRATEGIES, ClientReply, FederatedStrategy
 from flowerbed.strategies.server_lr import ServerRate
 
@@ -43,12 +45,17 @@ class FedAvg(FederatedStrategy):
     Params = FedAvgParams
     params: FedAvgParams
 
-    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        mean = weighted_mean([r.model for r in replies], self.weights(replies))
-        return self.step(server_round, current, mean)
+    @property
+    def pooled(self) -> Pooling | None:
+        return {MODEL: Mean(MODEL, self.params.weighting)}
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
+        return self.step(server_round, current, means[MODEL])
 
     def weights(self, replies: list[ClientReply]) -> list[float]:
-        """Return what each reply weighs in the mean (not normalised)."""
+        """Return what each reply weighs under ``weighting`` (not normalised), for those who take them one by one."""
         return [r.examples if self.params.weighting == "examples" else 1.0 for r in replies]
 
     def step(self, server_round: int, current: Tensors, mean: Tensors) -> Tensors:

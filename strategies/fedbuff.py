@@ -144,13 +144,13 @@ class FedBuff(FederatedStrategy):
             version = self._arrived[reply.node].version
             weights.append(self.weight(server_round - 1 - version))
             starts.append(self.state[f"{START}{version}"])
-        return self.combine(current, starts, [reply.model for reply in replies], weights)
+        return self.combine_models(current, starts, [reply.model for reply in replies], weights)
 
     def weight(self, tau: int) -> float:
         """Return s(tau) for a client that started ``tau`` server updates ago."""
         return float((1 + tau) ** -self.params.a)
 
-    def combine(
+    def combine_models(
         self, current: Tensors, starts: Sequence[Tensors], models: Sequence[Tensors], weights: Sequence[float]
     ) -> Tensors:
         """Return w + eta_g / K sum_k s_k (w_k - w_start of k)."""
@@ -214,7 +214,7 @@ class FedAsync(FedBuff):
                 "or use fedbuff."
             )
 
-    def combine(
+    def combine_models(
         self, current: Tensors, starts: Sequence[Tensors], models: Sequence[Tensors], weights: Sequence[float]
     ) -> Tensors:
         """Return (1 - alpha s) w + alpha s w_k."""

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowerbed.clients.local_round import Extras, LocalRound, Trained
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Trained
 from flowerbed.errors import require
+from flowerbed.pooling import UNIFORM, Mean, Pooling
 from flowerbed.storage import Tensors
-from flowerbed.strategies.aggregation import weighted_mean
-from flowerbed.strategies.base import STRATEGIES, ClientReply
+from flowerbed.strategies.base import STRATEGIES
 from flowerbed.strategies.scaffold import Scaffold, ScaffoldHalf, ScaffoldParams
 
 DRIFT = "drift"
@@ -84,11 +84,16 @@ class FedDC(Scaffold):
     Half = FedDCHalf
     params: FedDCParams
 
-    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        averaged = super().aggregate(server_round, current, replies)
-        mean = weighted_mean([r.model for r in replies], [1.0] * len(replies))
-        share, moving = len(replies) / self.clients, self.parameters(current)
-        change = {n: share * (m - current[n]) for n, m in mean.items() if n in moving}
+    @property
+    def pooled(self) -> Pooling | None:
+        return {**(super().pooled or {}), DRIFT: Mean(MODEL, UNIFORM)}
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
+        averaged = super().combine(server_round, current, means, count)
+        share, moving = count / self.clients, self.parameters(current)
+        change = {n: share * (m - current[n]) for n, m in means[DRIFT].items() if n in moving}
         old = self.state.get(DRIFT, {})
         drift = {n: old[n] + d if n in old else d for n, d in change.items()}
         self.state[DRIFT] = drift

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import Extras, LocalRound, Trained
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Trained
 from flowerbed.errors import require
+from flowerbed.pooling import UNIFORM, Mean, Pooling
 from flowerbed.storage import Tensors
-from flowerbed.strategies.aggregation import weighted_mean
-from flowerbed.strategies.base import STRATEGIES, ClientReply, FederatedStrategy
+from flowerbed.strategies.base import STRATEGIES, FederatedStrategy
 
 DUAL = "dual"
 """Group of h (server) and g_k (client)."""
@@ -83,10 +83,15 @@ class FedDyn(FederatedStrategy):
     Half = FedDynHalf
     params: FedDynParams
 
-    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        alpha, moving = self.params.alpha, self.parameters(current)
-        mean = weighted_mean([r.model for r in replies], [1.0] * len(replies))
-        share = alpha * len(replies) / self.clients
+    @property
+    def pooled(self) -> Pooling | None:
+        return {MODEL: Mean(MODEL, UNIFORM)}
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
+        mean, alpha, moving = means[MODEL], self.params.alpha, self.parameters(current)
+        share = alpha * count / self.clients
         old = self.state.get(DUAL, {})
         dual: Tensors = {}
         for name in (n for n in mean if n in moving):

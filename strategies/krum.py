@@ -38,7 +38,9 @@ class Krum(robust.RobustStrategy):
         """Return m, how many of ``replies`` models are averaged."""
         return 1
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         order = robust.krum_order(robust.squared_distances(models, parameters), self.params.f)
         best = order[: self.selected(len(models))]
         # A trimmed mean that trims nothing is the mean in an order of its own.

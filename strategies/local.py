@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from flowerbed.clients.half import ClientHalf, Predictor
 from flowerbed.clients.local_round import LocalRound
 from flowerbed.models.info import ModelInfo
+from flowerbed.pooling import Pooling
 from flowerbed.storage import Tensors
-from flowerbed.strategies.base import STRATEGIES, ClientReply, FederatedStrategy
+from flowerbed.strategies.base import STRATEGIES, FederatedStrategy
 from flowerbed.strategies.personal import two_predictors
 
 
@@ -42,5 +43,11 @@ class LocalOnly(FederatedStrategy):
     Params = LocalOnlyParams
     Half = LocalOnlyHalf
 
-    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
+    @property
+    def pooled(self) -> Pooling | None:
+        return {}
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
         return {}

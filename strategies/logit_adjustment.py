@@ -30,6 +30,7 @@ from flowerbed.clients.local_round import Extras, LocalRound, Trained
 from flowerbed.errors import require
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
+from flowerbed.pooling import Pooling
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import STRATEGIES, ClientReply
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
@@ -95,6 +96,15 @@ class LogitAdjustment(FedAvg):
     Params = LogitAdjustmentParams
     Half = LogitAdjustmentHalf
     params: LogitAdjustmentParams
+
+    def __init__(self, params: LogitAdjustmentParams | None = None) -> None:
+        super().__init__(params)
+        # A client's counts count once, however often it answers.
+        self.individual_replies = self.params.prior == "global"
+
+    @property
+    def pooled(self) -> Pooling | None:
+        return super().pooled
 
     def broadcast(self, server_round: int) -> Mapping[str, Mapping[str, Tensor]]:
         known = self.state.get(CLIENTS)

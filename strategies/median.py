@@ -23,5 +23,7 @@ from flowerbed.strategies.robust import RobustStrategy, by_coordinate, median
 class Median(RobustStrategy):
     """Takes the median of the clients' models in every coordinate."""
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         return by_coordinate(models, parameters, median)

@@ -54,7 +54,9 @@ class RobustStrategy(FederatedStrategy):
         """Return the least number of replies with which the rule withstands ``f`` byzantine clients."""
         return 2 * self.params.f + 1
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         """Return the parameters that follow from the clients' models. For algorithms to override."""
         raise NotImplementedError
 
@@ -77,7 +79,7 @@ class RobustStrategy(FederatedStrategy):
         moving = self.parameters(current)
         names = [name for name in models[0] if name in moving]
         rest = [name for name in models[0] if name not in moving]
-        return {**by_coordinate(models, rest, median), **self.combine(current, models, names)}
+        return {**by_coordinate(models, rest, median), **self.combine_models(current, models, names)}
 
     def _named(self) -> str:
         name, least = type(self).__name__, self.least_replies()

@@ -32,13 +32,13 @@ from torch import Tensor
 
 from flowerbed.clients.gradient_weight import gradient_weight, require_gradient_weight
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import Extras, LocalRound, Trained
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Trained
 from flowerbed.clients.training import Loss, module_stream
 from flowerbed.errors import require
 from flowerbed.models.parts import ModelParts
+from flowerbed.pooling import UNIFORM, Mean, Pooling
 from flowerbed.storage import Tensors
-from flowerbed.strategies.aggregation import weighted_mean
-from flowerbed.strategies.base import STRATEGIES, ClientReply, Setting
+from flowerbed.strategies.base import STRATEGIES, Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
 
 CONTROL = "control"
@@ -115,12 +115,16 @@ class Scaffold(FedAvg):
             self.state[CONTROL] = {n: torch.zeros_like(w) for n, w in self.current.items() if n in moving}
         return {CONTROL: self.state[CONTROL]}
 
-    def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
-        change = weighted_mean([r.streams[CONTROL] for r in replies], [1.0] * len(replies))
-        share = len(replies) / self.clients
-        control = self.state[CONTROL]
-        self.state[CONTROL] = {**control, **{n: control[n] + share * dc for n, dc in change.items()}}
-        return super().aggregate(server_round, current, replies)
+    @property
+    def pooled(self) -> Pooling | None:
+        return {MODEL: Mean(MODEL, self.params.weighting), CONTROL: Mean(CONTROL, UNIFORM)}
+
+    def combine(
+        self, server_round: int, current: Tensors, means: Mapping[str, Tensors], count: int
+    ) -> Tensors:
+        control, share = self.state[CONTROL], count / self.clients
+        self.state[CONTROL] = {**control, **{n: control[n] + share * dc for n, dc in means[CONTROL].items()}}
+        return super().combine(server_round, current, means, count)
 
 
 def full_gradient(local: LocalRound, loss: Loss, extras: Extras) -> Tensors:

@@ -70,6 +70,8 @@ class _Round:
 class SecureAggregation(ServerTransform):
     """Runs the exchanges around a training round and removes the masks from the sum."""
 
+    merges = True
+
     def __init__(self, params: SecureParams, seed: int, cohort: int) -> None:
         """``cohort`` clients are asked in a round; raises ``ConfigError`` for what cannot be secure."""
         require(

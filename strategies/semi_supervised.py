@@ -20,11 +20,11 @@ supervised upper bound, which is ``strategy=fedavg data.labelled=1``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, MetricRecord
 from torch import Tensor
 
 from flowerbed.clients.data import Batch
@@ -45,6 +45,7 @@ from flowerbed.datasets.augment import AUGMENTATIONS
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification, Task
+from flowerbed.storage import Tensors
 from flowerbed.strategies.base import Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
 from flowerbed.strategies.server_side import ServerSide
@@ -139,8 +140,12 @@ class PseudoLabelFedAvg(FedAvg):
         if setting.server is not None:
             check_data(setting.server, self.params.strong)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
-        return with_rates(super().aggregate_train(server_round, replies))
+    def finished(
+        self, server_round: int, model: Tensors, metrics: MetricRecord, replies: int
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        record, metrics = super().finished(server_round, model, metrics, replies)
+        metrics.update(pseudo_label_rates(metrics))
+        return record, metrics
 
 
 def check_data(server: ServerSide, strong: str) -> None:

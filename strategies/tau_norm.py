@@ -4,7 +4,8 @@ Reference: Kang et al., "Decoupling Representation and Classifier for Long-Taile
 section 4.1, equation (2).
 
 Training is FedAvg's, bit for bit. The model that is evaluated and delivered has W_c / ||W_c||^tau in place of
-each row W_c of its linear head; training goes on with the original one.
+each row W_c of its linear head; training goes on with the original one. The common length of the rows matters
+beside a bias alone: ``scale=1.7 keep_bias=true`` is the realignment of FedLoGe on FedAvg's model.
 
 The rows of frequent classes grow longest, which biases the prediction towards them; tau = 1 makes all lengths
 equal, tau = 0 changes nothing. The released code leaves the bias out (``keep_bias=false``) and tries tau from
@@ -34,10 +35,13 @@ class TauNormParams(FedAvgParams):
     """Power of the norm that each row is divided by."""
     keep_bias: bool = False
     """Keep the head's bias; otherwise it is zero in the delivered model."""
+    scale: float = 1.0
+    """Factor of all rows after that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.tau >= 0, f"strategy.tau is {self.tau}; give 0 (keep the rows) or more.")
+        require(self.scale > 0, f"strategy.scale is {self.scale}; give a number above 0.")
 
 
 def tau_normalised(weight: torch.Tensor, tau: float) -> torch.Tensor:
@@ -58,7 +62,7 @@ class TauNorm(FedAvg):
         self._weight, self._bias = linear_head(setting, "tau-normalisation")
 
     def deliver(self, model: Tensors) -> Tensors:
-        head = {self._weight: tau_normalised(model[self._weight], self.params.tau)}
+        head = {self._weight: self.params.scale * tau_normalised(model[self._weight], self.params.tau)}
         if self._bias is not None and not self.params.keep_bias:
             head[self._bias] = torch.zeros_like(model[self._bias])
         return {**model, **head}

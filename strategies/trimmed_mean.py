@@ -24,5 +24,7 @@ from flowerbed.strategies.base import STRATEGIES
 class TrimmedMean(robust.RobustStrategy):
     """Averages the clients' models without the extremes of every coordinate."""
 
-    def combine(self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]) -> Tensors:
+    def combine_models(
+        self, current: Tensors, models: Sequence[Tensors], parameters: Sequence[str]
+    ) -> Tensors:
         return robust.by_coordinate(models, parameters, partial(robust.trimmed_mean, f=self.params.f))

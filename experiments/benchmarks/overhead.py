@@ -43,6 +43,7 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import MemoryStore
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.datasets.partitions import Partition
+from flowerbed.experiments.benchmarks.accounting import tree_cpu_seconds
 from flowerbed.messages import array_record, tensors
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -238,31 +239,6 @@ def serve_platform(runtime: str, size: str, meter: Meter) -> None:
     initial = {name: value.detach().clone() for name, value in model.state_dict().items()}
     with grid:
         Federation(strategy, initial, grid, params, callbacks=[MeterRounds(meter)]).run()
-
-
-def tree_cpu_seconds() -> float:
-    """Return the CPU seconds, user and system, of this process, its descendants and those it has buried.
-
-    Reads ``/proc``, so Linux only.
-    """
-    children: dict[int, list[int]] = {}
-    spent: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # The second field, the command's name in brackets, may contain anything.
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(entry.name))
-        spent[int(entry.name)] = sum(map(int, fields[11:15]))
-    ticks, todo = 0, [os.getpid()]
-    while todo:
-        process = todo.pop()
-        ticks += spent.get(process, 0)
-        todo += children.get(process, [])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_bare(size: str, rounds: int) -> Cost:

@@ -8,17 +8,61 @@ import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Protocol, Self, cast
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict, UserConfig, UserConfigValue
 from flwr.serverapp import Grid
 
 from flowerbed.errors import ConfigError, RunError
+from flowerbed.pooling import Adder, Ladder, Pool, Pooling, Refused
 from flowerbed.server.grids import flower_compat
 
 ClientCallable = Callable[[Message, Context], Message]
 AppFactory = Callable[[], ClientCallable]
+Member = tuple[int, int]
+"""A client of a round: its place in the order of asking, and its number."""
+Block = Sequence[Member]
+Answered = Callable[[bool], None]
+"""Called after every client, with whether its reply was added."""
+
+
+class OpenRound(Protocol):
+    """One round at a client app that can pool: its content decoded once, for all clients of the process."""
+
+    def __call__(self, block: Block, adder: Adder, pool: Pool) -> Mapping[int, BaseException]:
+        """Run the clients and add their replies to ``pool``; return what clients raised, by place."""
+
+
+class PoolingApp(Protocol):
+    """A client app that, beside messages, takes whole blocks of clients."""
+
+    def open_round(self, content: RecordDict, agreed: Any = None) -> OpenRound:
+        """Return the round in which every client is sent ``content``, a training message's.
+
+        ``agreed`` is what ``agreement`` returned in some process; None where nobody was asked.
+        """
+
+    def agreement(self, content: RecordDict, clients: Sequence[int]) -> Any:
+        """Return what all processes must do alike and one has to find out; picklable."""
+
+
+class PoolingFactory(Protocol):
+    """An ``AppFactory`` whose apps are ``PoolingApp``s; it says so by having these."""
+
+    def block_size(self, cohort: int, parallel: bool) -> int:
+        """Return how many clients are added one after another, see ``flowerbed.pooling.block_size``.
+
+        ``parallel`` says whether workers share the blocks; their number must not matter.
+        """
+
+    def loads(self, clients: Sequence[int]) -> Sequence[float]:
+        """Return about how long each client takes, in units of any size."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether its apps need an agreement."""
+
 
 # The node id of partition 0; partition p is node FIRST_NODE_ID + p. Above Flower's reserved small ids, so
 # that a node id taken for a partition id is out of range and noticed.
@@ -39,6 +83,8 @@ class SimulationGrid(Grid):
     """
 
     on_reply: Callable[[Message], None] | None = None
+    parallel: ClassVar[bool] = False
+    """Whether several clients may run at once."""
 
     def __init__(
         self,
@@ -94,7 +140,7 @@ class SimulationGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """Return the node ids in partition order."""
-        return [self.node_id(partition) for partition in range(self.num_clients)]
+        return list(self.nodes)
 
     @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -112,6 +158,35 @@ class SimulationGrid(Grid):
         """
 
     # Ours.
+
+    @property
+    def nodes(self) -> range:
+        """The node ids in partition order."""
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + self.num_clients)
+
+    def cohort_refusal(self) -> str | None:
+        """Return a sentence that says why ``run_cohort`` cannot be used; None if it can."""
+        if not hasattr(self.app_factory, "block_size"):
+            return "the client app answers messages only"
+        return None
+
+    @abstractmethod
+    def run_cohort(
+        self, content: RecordDict, nodes: Sequence[int], pooling: Pooling, answered: Answered | None = None
+    ) -> Pool:
+        """Send ``content``, a training message's, to all ``nodes`` and return the sums of what they answer.
+
+        The sums are the same bits on every grid and with any number of workers. A client that fails is named in
+        ``Pool.refused``, by its place in ``nodes``, and costs no other client anything. ``answered`` is called
+        after every client, in no particular order.
+        """
+
+    def _blocks(self, nodes: Sequence[int]) -> list[Block]:
+        """Return the clients of every block of the cohort."""
+        factory = cast(PoolingFactory, self.app_factory)
+        members = [(place, self.partition_id(node)) for place, node in enumerate(nodes)]
+        size = factory.block_size(len(nodes), self.parallel)
+        return [members[start : start + size] for start in range(0, len(members), size)]
 
     @abstractmethod
     def close(self) -> None:
@@ -175,6 +250,30 @@ class ClientRunner:
         if self._app is None:
             self._app = self._factory()
         return self._app
+
+    def pool(
+        self, opened: OpenRound, blocks: Iterable[Block], adder: Adder, answered: Answered | None = None
+    ) -> Pool:
+        """Run consecutive blocks of clients, the first of them at a place that a tree of that many may start at."""
+        ladder = Ladder(adder)
+        for block in blocks:
+            pool = Pool()
+            raised = opened(block, adder, pool)
+            pool.refused += [Refused(place, "", describe(error)) for place, error in raised.items()]
+            ladder.push(pool)
+            if answered is not None:
+                failed = {refused.place for refused in pool.refused}
+                for place, _ in block:
+                    answered(place not in failed)
+        return ladder.top().on_cpu()
+
+    def open_round(self, content: RecordDict, agreed: Any = None) -> OpenRound:
+        """Open a round at the app."""
+        return cast(PoolingApp, self.build()).open_round(content, agreed)
+
+    def agreement(self, content: RecordDict, clients: Sequence[int]) -> Any:
+        """Ask the app for what all processes must do alike."""
+        return cast(PoolingApp, self.build()).agreement(content, clients)
 
     def call(self, message: Message) -> RecordDict | Error:
         """Run the client to which ``message`` goes and return the content of its reply or its error.

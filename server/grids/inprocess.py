@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from flwr.app import Message, UserConfig
+from flwr.app import Message, RecordDict, UserConfig
 
 from flowerbed.errors import RunError
+from flowerbed.pooling import Adder, Pool, Pooling
 from flowerbed.server.grids import flower_compat
 from flowerbed.server.grids.base import (
+    Answered,
     AppFactory,
     ClientRunner,
     SimulationGrid,
@@ -68,13 +70,24 @@ class InProcessGrid(SimulationGrid):
                 replies.append(self._call(message))
         return replies
 
+    def run_cohort(
+        self, content: RecordDict, nodes: Sequence[int], pooling: Pooling, answered: Answered | None = None
+    ) -> Pool:
+        """Run the clients one after another; see ``SimulationGrid``."""
+        runner = self._running()
+        with torch_threads(self.threads):
+            return runner.pool(runner.open_round(content), self._blocks(nodes), Adder(pooling), answered)
+
     def close(self) -> None:
         """Drop the app and the states of the clients."""
         self._runner = None
         self._waiting.clear()
 
     def _call(self, message: Message) -> Message:
+        outcome = self._running().call(flower_compat.message_copy(message, own_copy(message.content)))
+        return self._announce(flower_compat.reply_with(message, outcome))
+
+    def _running(self) -> ClientRunner:
         if self._runner is None:
             raise RunError("The grid is closed; make a new one.")
-        outcome = self._runner.call(flower_compat.message_copy(message, own_copy(message.content)))
-        return self._announce(flower_compat.reply_with(message, outcome))
+        return self._runner

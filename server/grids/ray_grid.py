@@ -2,8 +2,9 @@
 
 Workers are long-lived actors that build the client app once. A round's large records are put into shared
 memory once, however many clients read them, and read there without a copy; one remote call carries as many
-clients as its overhead asks for. A worker that dies is replaced and its clients run again, one per call, so
-that the client that kills workers is known; after its second kill it is quarantined.
+clients as its overhead asks for. Where the replies are to be added up, workers do so and one sum comes back
+from each call. A worker that dies is replaced and its clients run again, one per call, so that the client that
+kills workers is known; after its second kill it is quarantined.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -20,17 +22,28 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict, UserConfig
 
 from flowerbed.errors import ConfigError, RunError
-from flowerbed.messages import nbytes, record_nbytes
+from flowerbed.messages import array_records, metrics, nbytes, record_nbytes, tensors
+from flowerbed.pooling import Adder, Pool, Pooling, Refused
 from flowerbed.server.grids import flower_compat
-from flowerbed.server.grids.base import FIRST_NODE_ID, AppFactory, SimulationGrid, in_order
+from flowerbed.server.grids.base import (
+    FIRST_NODE_ID,
+    Answered,
+    AppFactory,
+    Block,
+    Member,
+    PoolingFactory,
+    SimulationGrid,
+    in_order,
+)
+from flowerbed.server.grids.parts import Branches, Part, cut
 from flowerbed.server.grids.ray_worker import Call, ClientWorker, Outcome
-from flowerbed.server.grids.wire import PackedContent, pack, unpack_content
+from flowerbed.server.grids.wire import PackedContent, PackedPool, pack, unpack_content, unpack_pool
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +72,8 @@ RUNTIME_CONFIG: Final = {
     "free_objects_period_milliseconds": 100,
     "max_direct_call_object_size": 1 << 20,
 }
+
+QUARANTINED: Final = "quarantined: it killed its worker"
 
 _own_runtime = False
 
@@ -119,6 +134,8 @@ class RayGrid(SimulationGrid):
     end. The Flower state of every client is kept here as well as in its worker, so no worker's death loses it.
     """
 
+    parallel = True
+
     def __init__(
         self,
         app_factory: AppFactory,
@@ -175,6 +192,9 @@ class RayGrid(SimulationGrid):
         self._states: dict[int, PackedContent] = {}
         self._state_at: dict[int, _Worker] = {}
         self._pace: dict[str, _Pace] = {}
+        self._cohorts = itertools.count(1)
+        self._agreed: Any = None
+        """What workers do alike because one of them found it out."""
 
     # Flower's Grid.
 
@@ -211,6 +231,52 @@ class RayGrid(SimulationGrid):
             self._advance(left)
         self._drop(ids)
         return in_order(ids, self._replies)
+
+    def cohort_refusal(self) -> str | None:
+        if self.time_limit is not None:
+            return "federation.time_limit holds for each client alone, so each has a call of its own"
+        if self.stateful:
+            return "clients that keep something in their worker go to that worker only"
+        return super().cohort_refusal()
+
+    def run_cohort(
+        self, content: RecordDict, nodes: Sequence[int], pooling: Pooling, answered: Answered | None = None
+    ) -> Pool:
+        """Let workers run and add up parts of the cohort, the longest first; see ``SimulationGrid``.
+
+        An idle worker takes the next part. The part of a worker that dies runs again block by block, and the
+        clients of a block that kills a worker run alone, as with messages.
+        """
+        if not self._pool:
+            self._start()
+        blocks = self._blocks(nodes)
+        loads = cast(PoolingFactory, self.app_factory).loads(
+            [client for block in blocks for _, client in block]
+        )
+        remaining = iter(loads)
+        parts = cut([sum(itertools.islice(remaining, len(block))) for block in blocks], self.workers)
+        barred = {place for place, node in enumerate(nodes) if node in self.quarantined}
+        run = _CohortRun(
+            next(self._cohorts),
+            content,
+            [(name, self._share(record)) for name, record in content.items()],
+            pooling,
+            [[member for member in block if member[0] not in barred] for block in blocks],
+            deque(parts),
+            answered or _nobody,
+        )
+        if cast(PoolingFactory, self.app_factory).agrees and self._agreed is None:
+            self._agreed = self._agreement(run)
+        while run.waiting or any(worker.part is not None for worker in self._pool):
+            self._dispatch_parts(run)
+            self._advance(math.inf, run)
+        for part in run.deadly:
+            run.branches.put(part, self._pool_alone(run, run.blocks[part.start]))
+        pool = run.branches.top()
+        for place in sorted(barred):
+            run.answered(False)
+            pool.refused.append(Refused(place, "", QUARANTINED))
+        return pool
 
     def close(self) -> None:
         """End the workers; Ray itself stays for the next grid (see ``shutdown``)."""
@@ -264,13 +330,13 @@ class RayGrid(SimulationGrid):
 
     # Work, from the queue to the workers.
 
-    def _enqueue(self, message: Message) -> None:
+    def _enqueue(self, message: Message, *, alone: bool = False) -> None:
         node_id = message.metadata.dst_node_id
         if node_id in self.quarantined:
-            self._answer(message, Error(flower_compat.NODE_UNAVAILABLE, "quarantined: it killed its worker"))
+            self._answer(message, Error(flower_compat.NODE_UNAVAILABLE, QUARANTINED))
             return
         records = [(name, self._share(record)) for name, record in message.content.items()]
-        self._queue.append(_Task(message, records))
+        self._queue.append(_Task(message, records, alone))
 
     def _share(self, record: ArrayRecord | MetricRecord | ConfigRecord) -> _Shared:
         """Pack ``record``, once for all messages under way that hold this very object unchanged."""
@@ -291,7 +357,7 @@ class RayGrid(SimulationGrid):
             self._queue = deque(task for task in self._queue if task.message_id in self._open)
 
     def _dispatch(self) -> None:
-        idle = [worker for worker in self._pool if worker.ready is None and worker.call is None]
+        idle = [worker for worker in self._pool if worker.idle]
         if not idle or not self._queue:
             return
         share = self._call_size(len(idle))
@@ -337,6 +403,28 @@ class RayGrid(SimulationGrid):
         home = self._pool[(task.node_id - FIRST_NODE_ID) % self.workers]
         return home is worker or home.restarting
 
+    def _agreement(self, run: _CohortRun) -> Any:
+        """Let one worker find out what all shall do."""
+        while not any(worker.idle for worker in self._pool):
+            self._advance(math.inf)
+        worker = next(worker for worker in self._pool if worker.idle)
+        clients = [client for _, client in run.blocks[0]]
+        try:
+            return self._ray.get(worker.actor.agree.remote(clients, *run.sent))
+        except self._ray.exceptions.RayError as error:
+            # It may be these clients' own fault; each worker then finds out for itself, and the next round asks.
+            logger.warning("Workers found no agreement (%s).", _headline(error))
+            return None
+
+    def _dispatch_parts(self, run: _CohortRun) -> None:
+        """Give every idle worker the next part of the cohort."""
+        for worker in self._pool:
+            if worker.idle and run.waiting:
+                part = run.waiting.popleft()
+                blocks = [run.blocks[i] for i in part.blocks]
+                answer = worker.actor.pool.remote(run.number, run.pooling, self._agreed, blocks, *run.sent)
+                worker.part = part, answer
+
     def _submit(self, worker: _Worker, tasks: list[_Task]) -> None:
         unique = {id(shared): shared for task in tasks for _, shared in task.records}
         small = [shared for shared in unique.values() if not shared.large]
@@ -362,14 +450,19 @@ class RayGrid(SimulationGrid):
 
     # Answers, from the workers to the replies.
 
-    def _advance(self, timeout: float) -> bool:
-        """Wait up to ``timeout`` seconds (may be infinite) for one worker; return whether one had news."""
+    def _advance(self, timeout: float, run: _CohortRun | None = None) -> bool:
+        """Wait up to ``timeout`` seconds (may be infinite) for one worker; return whether one had news.
+
+        ``run`` is the cohort whose parts workers may be at.
+        """
         pending = {worker.pending: worker for worker in self._pool if worker.pending is not None}
         if not pending:
             self._dispatch()
             return False
         now = time.monotonic()
         limits = [worker.call.limit for worker in self._pool if worker.call is not None]
+        if any(worker.part is not None for worker in self._pool):
+            limits.append(math.inf)
         if not limits:
             limits = [max(worker.started for worker in self._pool) + START_SECONDS]
         wait = min(timeout, max(0.0, min(limits) - now))
@@ -378,7 +471,10 @@ class RayGrid(SimulationGrid):
         )
         if done:
             worker = pending[done[0]]
-            if worker.call is None:
+            if worker.part is not None:
+                assert run is not None
+                self._finish_part(worker, *worker.part, run)
+            elif worker.call is None:
                 self._finish_start(worker)
             else:
                 self._finish_call(worker, worker.call)
@@ -402,6 +498,51 @@ class RayGrid(SimulationGrid):
         else:
             self._failed_starts = 0
             worker.ready = None
+
+    def _finish_part(self, worker: _Worker, part: Part, answer: Any, run: _CohortRun) -> None:
+        worker.part = None
+        try:
+            packed: PackedPool = self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError as error:
+            # The worker lives; what it could not do or send, its clients show one by one.
+            logger.warning("A part of the cohort failed (%s); its clients run alone.", _headline(error))
+            run.deadly.extend(Part(i) for i in part.blocks)
+        except self._ray.exceptions.RayError as error:
+            logger.warning("A Ray worker died (%s); it is replaced.", _headline(error))
+            self._replace(worker)
+            single = [Part(i) for i in part.blocks]
+            if len(single) > 1:
+                run.waiting.extendleft(reversed(single))
+            else:
+                run.deadly.extend(single)
+        else:
+            pool = unpack_pool(packed)
+            failed = {refused.place for refused in pool.refused}
+            for place, _ in (member for i in part.blocks for member in run.blocks[i]):
+                run.answered(place not in failed)
+            run.branches.put(part, pool)
+
+    def _pool_alone(self, run: _CohortRun, block: Block) -> Pool:
+        """Run the clients of a block one per call and add up their replies here."""
+        sent = [Message(run.content, self.node_id(client), "train") for _, client in block]
+        accepted = self._accept(sent)
+        ids = [message.metadata.message_id for message in accepted]
+        self._open.update(ids)
+        for message in accepted:
+            self._enqueue(message, alone=True)
+        self._dispatch()
+        while not self._open.isdisjoint(ids):
+            self._advance(math.inf)
+        pool, adder = Pool(), Adder(run.pooling)
+        for (place, _), reply in zip(block, in_order(ids, self._replies), strict=True):
+            if reply.has_error():
+                pool.refused.append(Refused(place, "", reply.error.reason or "no reason given"))
+                run.answered(False)
+                continue
+            records = array_records(reply.content)
+            streams = {name: tensors(record) for name, record in records.items()}
+            run.answered(adder.add(pool, place, streams, metrics(reply.content)))
+        return pool
 
     def _finish_call(self, worker: _Worker, call: _Call) -> None:
         worker.call = None
@@ -517,9 +658,35 @@ class _Call:
     limit: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CohortRun:
+    """A cohort whose replies are added up, while it runs."""
+
+    number: int
+    content: RecordDict
+    records: list[tuple[str, _Shared]]
+    pooling: Pooling
+    blocks: list[list[Member]]
+    waiting: deque[Part]
+    """Parts that no worker has begun."""
+    answered: Answered
+    branches: Branches = dataclasses.field(default_factory=Branches)
+    deadly: list[Part] = dataclasses.field(default_factory=list)
+    """Blocks that a worker did not survive."""
+
+    @functools.cached_property
+    def sent(self) -> list[Any]:
+        """The content as workers take it: the place of each record among those that follow, small and large."""
+        small = [shared for _, shared in self.records if not shared.large]
+        large = [shared for _, shared in self.records if shared.large]
+        number = {id(shared): i for i, shared in enumerate((*small, *large))}
+        places = [(name, number[id(shared)]) for name, shared in self.records]
+        return [places, [shared.packed for shared in small], *(shared.packed for shared in large)]
+
+
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """An actor in its slot of the pool: starting (``ready``), at work (``call``), or idle (neither)."""
+    """An actor in its slot of the pool: starting (``ready``), at work (``call``, ``part``), or idle (none)."""
 
     slot: int
     actor: Any
@@ -527,6 +694,13 @@ class _Worker:
     started: float
     replacement: bool
     call: _Call | None = None
+    part: tuple[Part, Any] | None = None
+    """A part of a cohort and the reference to its sum."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether the worker can be given something."""
+        return self.ready is None and self.call is None and self.part is None
 
     @property
     def restarting(self) -> bool:
@@ -536,6 +710,8 @@ class _Worker:
     @property
     def pending(self) -> Any:
         """The reference that resolves when this worker has news, if any."""
+        if self.part is not None:
+            return self.part[1]
         return self.call.answer if self.call is not None else self.ready
 
 
@@ -588,6 +764,10 @@ def _worker_environment(threads: int) -> dict[str, str]:
         # What can be imported here can be imported there.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path)),
     }
+
+
+def _nobody(ok: bool) -> None:
+    """Stand for somebody who wants to know of every client."""
 
 
 def _headline(error: BaseException) -> str:

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict, UserConfigValue
 
+from flowerbed.pooling import Adder, Pooling
 from flowerbed.server.grids import flower_compat
-from flowerbed.server.grids.base import AppFactory, ClientRunner
+from flowerbed.server.grids.base import AppFactory, Block, ClientRunner, OpenRound
 from flowerbed.server.grids.wire import (
     PackedContent,
+    PackedPool,
     PackedRecord,
     pack_content,
+    pack_pool,
     unpack,
     unpack_content,
 )
@@ -37,6 +40,8 @@ class ClientWorker:
     def __init__(self) -> None:
         """Start empty, so that whatever is wrong with the app is raised by ``prepare`` and not lost."""
         self._runner: ClientRunner | None = None
+        self._opened: tuple[int, OpenRound, Adder] | None = None
+        """The round that blocks were last run of."""
 
     def prepare(
         self,
@@ -62,9 +67,7 @@ class ClientWorker:
         The table of records is ``small`` followed by ``large``, whose values are in shared memory. ``states``
         are those of nodes that last ran elsewhere.
         """
-        runner = self._runner
-        if runner is None:
-            raise RuntimeError("prepare comes first")
+        runner = self._running()
         runner.states.update((node_id, unpack_content(state)) for node_id, state in states.items())
         table = [unpack(packed) for packed in (*small, *large)]
         changed: dict[int, PackedContent] = {}
@@ -77,6 +80,49 @@ class ClientWorker:
             if after is not None and after is not before and after != before:
                 changed[node_id] = pack_content(after)
         return outcomes, changed
+
+    def agree(
+        self,
+        clients: list[int],
+        places: list[tuple[str, int]],
+        small: list[PackedRecord],
+        *large: PackedRecord,
+    ) -> Any:
+        """Return what all workers must do alike for such clients."""
+        return self._running().agreement(_content(places, (*small, *large)), clients)
+
+    def pool(
+        self,
+        round_: int,
+        pooling: Pooling,
+        agreed: Any,
+        blocks: list[Block],
+        places: list[tuple[str, int]],
+        small: list[PackedRecord],
+        *large: PackedRecord,
+    ) -> PackedPool:
+        """Run the clients of consecutive blocks and return the sum of what they answer.
+
+        What they are sent, given as in ``run``, is the same for all of ``round_`` and decoded once.
+        """
+        runner = self._running()
+        if self._opened is None or self._opened[0] != round_:
+            content = _content(places, (*small, *large))
+            self._opened = round_, runner.open_round(content, agreed), Adder(pooling)
+        _, opened, adder = self._opened
+        return pack_pool(runner.pool(opened, blocks, adder))
+
+    def _running(self) -> ClientRunner:
+        if self._runner is None:
+            raise RuntimeError("prepare comes first")
+        return self._runner
+
+
+def _content(places: list[tuple[str, int]], packed: tuple[PackedRecord, ...]) -> RecordDict:
+    content = RecordDict()
+    for name, place in places:
+        content[name] = unpack(packed[place])
+    return content
 
 
 def _run_one(

@@ -11,12 +11,17 @@ import io
 from typing import Any, Final
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flowerbed.messages import LazyArray
+from flowerbed.pooling import Layout, Mean, Pool, Refused, Sums, Tally
 
 PackedRecord = tuple[type, tuple[str, ...], list[Any]]
 PackedContent = list[tuple[str, PackedRecord]]
+PackedPool = tuple[
+    list[tuple[Layout, dict[Mean, Any], dict[str, dict[str, Any]], Tally, list[int]]], list[Refused], int
+]
 
 # Up to this size, copying serialised bytes is cheaper than reading their header to find the values in them.
 SMALL_BYTES: Final = 1 << 16
@@ -51,6 +56,36 @@ def unpack_content(packed: PackedContent) -> RecordDict:
     for name, record in packed:
         content[name] = unpack(record)
     return content
+
+
+def pack_pool(pool: Pool) -> PackedPool:
+    """Return ``pool`` with numpy arrays for tensors, whose memory travels out of band."""
+    sums = [
+        (
+            layout,
+            {mean: row.numpy() for mean, row in found.rows.items()},
+            {s: {n: value.numpy() for n, value in tensors.items()} for s, tensors in found.largest.items()},
+            found.tally,
+            found.places,
+        )
+        for layout, found in pool.sums.items()
+    ]
+    return sums, pool.refused, pool.nbytes
+
+
+def unpack_pool(packed: PackedPool) -> Pool:
+    """Return the pool of which ``packed`` was made, with memory of its own: what arrives is read-only."""
+    sums, refused, size = packed
+    found = {
+        layout: Sums(
+            {mean: torch.from_numpy(np.array(row)) for mean, row in rows.items()},
+            {s: {n: torch.from_numpy(np.array(v)) for n, v in ts.items()} for s, ts in largest.items()},
+            tally,
+            places,
+        )
+        for layout, rows, largest, tally, places in sums
+    }
+    return Pool(found, refused, size)
 
 
 def _pack_array(array: Array) -> Any:

@@ -22,6 +22,10 @@ class RunError(FlowerbedError):
     """A run cannot go on: too few usable replies, or a strategy that cannot aggregate."""
 
 
+class DivergedError(RunError):
+    """The training left the finite numbers: a result, not a defect, and reported as one."""
+
+
 class CheckpointError(FlowerbedError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 

@@ -8,6 +8,7 @@ our own code, so adding a consumer moves nobody else's numbers and the number of
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,12 @@ CPU = torch.device("cpu")
 
 def seed_sequence(seed: int, purpose: str, *numbers: int) -> np.random.SeedSequence:
     """Return the ``SeedSequence`` of the stream; ``numbers`` are for example the client and the round."""
-    digest = hashlib.sha256(purpose.encode()).digest()
-    word = int.from_bytes(digest[:8], "little")
-    return np.random.SeedSequence(entropy=seed, spawn_key=(word, *numbers))
+    return np.random.SeedSequence(entropy=seed, spawn_key=(_word(purpose), *numbers))
+
+
+@functools.lru_cache(maxsize=1024)
+def _word(purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
 
 
 def numpy_rng(seed: int, purpose: str, *numbers: int) -> np.random.Generator:

@@ -108,3 +108,41 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-2])
     with pytest.raises(CheckpointError, match="/f cannot be read"):
         load_groups(tmp_path / "f")
+
+
+def test_pruning_looks_at_the_clients_that_wrote_and_at_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    prune = DiskStore._prune_client
+    monkeypatch.setattr(DiskStore, "_prune_client", lambda s, c, r: (looked.append(c), prune(s, c, r)))
+    store = DiskStore(tmp_path)
+    for client in range(40):
+        store.write(client, 1, state(1.0))
+    store.prune(1)
+    assert sorted(looked) == list(range(40))
+    looked.clear()
+    for client in (3, 7, 9):
+        store.write(client, 2, state(2.0))
+    other = pickle.loads(pickle.dumps(store))
+    other.write(11, 3, state(3.0))
+    store.prune(2)
+    assert sorted(looked) == [3, 7, 9]
+    assert store._rounds(store._folder(3)) == [2]
+    assert store._rounds(store._folder(11)) == [1, 3]
+    looked.clear()
+    store.prune(3)
+    assert looked == [11]
+    assert store._rounds(store._folder(11)) == [3]
+
+
+def test_what_is_written_again_after_a_rewind_is_pruned_like_anything_else(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    for round_ in (1, 2, 3):
+        store.write(0, round_, state(float(round_)))
+    store.rewind(2)
+    assert store.read(0, 9)["own"]["v"] == 2.0
+    store.write(0, 3, state(3.5))
+    store.prune(3)
+    assert store._rounds(store._folder(0)) == [3]
+    assert store.read(0, 9)["own"]["v"] == 3.5

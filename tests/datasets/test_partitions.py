@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flowerbed.datasets.partitioners import (
     Dirichlet,
+    DirichletFloor,
     Domain,
     Iid,
     Pathological,
@@ -31,6 +32,7 @@ RULES: list[Any] = [
     Dirichlet(alpha=5.0),
     Dirichlet(alpha=5.0, variant="per-class-balanced"),
     Dirichlet(alpha=0.05, variant="per-client"),
+    DirichletFloor(alpha=0.05),
     Shards(),
     Shards(per_client=3),
     Pathological(classes_per_client=3),
@@ -301,7 +303,9 @@ def test_a_users_own_rule_is_held_to_the_contract() -> None:
         partition(Careless(), BALANCED, 2, 0)
     with pytest.raises(ConfigError, match="already has its own"):
         partition(Iid(), BALANCED, 2, 0, alpha=1)
-    assert set(PARTITIONS.names()) == {"iid", "dirichlet", "shards", "pathological", "quantity", "domain"}
+    assert set(PARTITIONS.names()) == {
+        *("iid", "dirichlet", "dirichlet_floor", "shards", "pathological", "quantity", "domain", "draws"),
+    }
 
 
 @given(

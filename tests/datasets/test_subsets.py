@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowerbed.datasets.partitions import partition
-from flowerbed.datasets.subsets import labelled_split, long_tail, matched_test_partition
+from flowerbed.datasets.subsets import labelled_classes, labelled_split, long_tail, matched_test_partition
 from flowerbed.errors import ConfigError
 
 
@@ -55,6 +55,56 @@ def test_labelled_split_per_class() -> None:
     for bad in ({}, {"fraction": 0.1, "per_class": 1}, {"fraction": 1.1}, {"per_class": -1}):
         with pytest.raises(ConfigError):
             labelled_split(labels, np.arange(13), 0, **bad)  # type: ignore[arg-type]
+
+
+def test_labels_of_some_classes_are_as_many_as_of_all() -> None:
+    labels = np.array([0] * 40 + [1] * 30 + [2] * 20 + [3] * 10)
+    labelled, unlabelled = labelled_split(labels, np.arange(100), 0, fraction=0.2, classes=[1, 3, 7])
+    # 20 of 100, now from the 30 and the 10 samples of two classes; class 7 does not occur.
+    assert np.bincount(labels[labelled], minlength=4).tolist() == [0, 15, 0, 5]
+    assert len(unlabelled) == 80
+    # No more than these classes have.
+    labelled, _ = labelled_split(labels, np.arange(100), 0, fraction=0.9, classes=[3])
+    assert np.bincount(labels[labelled], minlength=4).tolist() == [0, 0, 0, 10]
+    labelled, _ = labelled_split(labels, np.arange(100), 0, per_class=4, classes=[0, 3])
+    assert np.bincount(labels[labelled], minlength=4).tolist() == [4, 0, 0, 4]
+    assert len(labelled_split(labels, np.arange(100), 0, fraction=0.5, classes=[])[0]) == 0
+    # Every class is no restriction, to the last sample.
+    for how in ({"fraction": 0.3}, {"per_class": 4}):
+        some, all_of_them = (
+            labelled_split(labels, np.arange(100), 5, classes=c, **how)[0]
+            for c in (range(4), None)  # type: ignore[arg-type]
+        )
+        assert np.array_equal(some, all_of_them)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), share=st.floats(0.05, 1), clients=st.integers(1, 8))
+def test_labelled_classes_are_a_share_of_each_clients_and_cover_what_they_can(
+    seed: int, share: float, clients: int
+) -> None:
+    counts = np.random.default_rng(seed).integers(0, 3, (clients, 6))
+    chosen = labelled_classes(counts, share, seed)
+    held = counts > 0
+    assert not (chosen & ~held).any()
+    assert (chosen.sum(axis=1) >= share * held.sum(axis=1) - 1e-6).all()
+    assert (chosen.sum(axis=1) < share * held.sum(axis=1) + 1).all()
+    assert np.array_equal(chosen, labelled_classes(counts, share, seed))
+    if share == 1:
+        assert np.array_equal(chosen, held)
+
+
+def test_two_clients_with_half_of_their_classes_have_labels_of_all() -> None:
+    chosen = labelled_classes(np.ones((2, 10)), 0.5, seed=0)
+    assert chosen.sum(axis=1).tolist() == [5, 5]
+    assert chosen.sum(axis=0).tolist() == [1] * 10
+    # Which half is random, and another one for another seed.
+    assert not np.array_equal(chosen, labelled_classes(np.ones((2, 10)), 0.5, seed=1))
+    # 0.1 of ten classes is one, although 0.1 * 10 may round to a little more.
+    assert labelled_classes(np.ones((1, 10)), 0.1, seed=0).sum() == 1
+    for share, counts in ((0.0, np.ones((2, 3))), (1.1, np.ones((2, 3))), (0.5, np.ones(3))):
+        with pytest.raises(ConfigError, match="share of labelled classes"):
+            labelled_classes(counts, share, seed=0)
 
 
 def test_matched_test_partition_by_hand() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowerbed.experiments.figures import accuracy_figure, draw, partition_figure
+from flowerbed.experiments.figures import accuracy_figure, draw, partition_figure, pseudo_label_figure
 from flowerbed.server.callbacks import CLIENTS, SERVER, Record
 
 
@@ -34,6 +34,28 @@ def test_the_curves_are_the_records() -> None:
     curves = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in loss.lines}
     assert curves["local training"] == [[1, 2.0], [2, 1.0]]
     assert accuracy_figure([]) is None
+
+
+def test_pseudo_labels_are_drawn_where_there_are_any() -> None:
+    def record(round_: int, seen: int, share: float) -> Record:
+        found = {"pseudo-coverage": share, "pseudo-precision": 0.9, "pseudo-correct-share": 0.9 * share}
+        return Record(
+            round_, "train", {"pseudo-total-per-class": [seen, 0], "chosen-global-share": 0.25, **found}
+        )
+
+    assert pseudo_label_figure(records()) is None
+    assert pseudo_label_figure([record(1, 0, 0.0)]) is None
+    figure = pseudo_label_figure([record(1, 0, 0.0), record(2, 5, 0.5), record(3, 5, 0.75), *records()])
+    assert figure is not None
+    used, right = figure.axes
+    curves = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in used.lines}
+    assert curves == {
+        "used, of all seen (coverage)": [[2, 0.5], [3, 0.75]],
+        "right, of those used (precision)": [[2, 0.9], [3, 0.9]],
+        "written by the global expert, of those used": [[2, 0.25], [3, 0.25]],
+    }
+    (line,) = right.lines
+    assert np.asarray(line.get_xydata()).tolist() == [[2, 0.45], [3, pytest.approx(0.675)]]
 
 
 def test_few_clients_keep_their_order_and_carry_numbers() -> None:

@@ -254,7 +254,7 @@ def test_text_models_take_shorter_sequences_and_gpt_refuses_longer() -> None:
     [
         ("resnet9", (3, 8, 8), {}, "Unknown model 'resnet9'. Did you mean 'resnet8'?"),
         ("resnet8", (3, 8, 8), {"nrom": "gn"}, r"Did you mean 'norm'\? Known: groups, norm, shortcut"),
-        ("linear", (4,), {"hidden": [3]}, r"Unknown option of model 'linear' 'hidden'. Known: \(none\)"),
+        ("linear", (4,), {"hidden": [3]}, r"Unknown option of model 'linear' 'hidden'. Known: softmax"),
         ("mlp", (4,), {"hidden": 3}, "hidden=3 of model 'mlp' must be of type list of int"),
         ("mlp", (4,), {"hidden": "16"}, "hidden='16' of model 'mlp' must be of type list of int"),
         ("mlp", (4,), {"hidden": []}, "must be at least 1"),

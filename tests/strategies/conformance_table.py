@@ -48,6 +48,17 @@ CASES = {
         Case("per_fedavg", one_client_is_central=False),
         Case("logit_adjustment", {"prior": "global"}, one_client_is_central=False),
         Case("fedetf", {"alternations": 1, "alternate_epochs": 1}, one_client_is_central=False),
+        Case(
+            "fedloge",
+            {"gamma": 1.0, "beta": 0.3, "ssec_steps": 200, "ssec_lr": 0.01},
+            one_client_is_central=False,
+        ),
+        Case(
+            "ggeur",
+            {"T": 30, "base": "scaffold"},
+            {"model": {"name": "linear"}, "local": {"momentum": 0.0}},
+            one_client_is_central=False,
+        ),
         # These deliver FedAvg's model with another head.
         Case("tau_norm", one_client_is_central=False),
         Case("creff", {"m": 5, "match_steps": 5, "head_epochs": 5}, one_client_is_central=False),
@@ -61,6 +72,7 @@ CASES = {
             {"data": {"labelled": 0.3}, "local": {"lr": 0.02}},
             one_client_is_central=False,
         ),
+        Case("fedlabel", {"beta": 0.15}, {"data": {"labelled": 0.3}}, one_client_is_central=False),
         Case("semifl", {"tau": 0.3}, {"data": {"server_per_class": 10}}, one_client_is_central=False),
         # Robust: with one client there is nothing to compare, so f = 0 where that is allowed at all.
         Case("median", {"f": 0}),

@@ -75,7 +75,7 @@ def test_buffers_and_types_are_kept() -> None:
         {"w": torch.tensor([-1.0]), "n": torch.tensor(9)},
     ]
     starts = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([0.0])}]
-    found = FedBuff(FedBuffParams(server_lr=0.5)).combine(current, starts, models, [1.0, 0.5])
+    found = FedBuff(FedBuffParams(server_lr=0.5)).combine_models(current, starts, models, [1.0, 0.5])
     # 1 + 0.5/2 * (1 * (3 - 1) + 0.5 * (-1 - 0)).
     assert found["w"] == 1.375
     assert found["n"] == 9

@@ -91,6 +91,43 @@ class KillsItsWorkerOnce(CountingHalf):
         return super().run(local)
 
 
+class Unreliable(ClientHalf):
+    """FedAvg's client, but some fail in every way there is; which do is a function of round and client."""
+
+    def run(self, local: LocalRound) -> Reply:
+        reply = super().run(local)
+        model = {name: value.clone() for name, value in reply.streams["arrays"].items()}
+        name = next(iter(model))
+        metrics = dict(reply.metrics)
+        match (local.client + local.clock.round) % 13:
+            case 0:
+                raise ValueError(f"client {local.client} has no time")
+            case 1:
+                model[name].view(-1)[-1] = float("nan")
+            case 2:
+                model[name] = model[name][:-1]
+            case 3:
+                del metrics["loss"]
+            case 4:
+                raise SystemExit(3)
+            case 5:
+                metrics["loss"] = float("inf")
+            case 6:
+                model["unheard of"] = torch.zeros(2)
+        return Reply({"arrays": model}, metrics)
+
+
+class KillsItsWorkerAlways(ClientHalf):
+    """Client 7 takes its process down whenever it trains, or raises an error if there is no process to spare."""
+
+    def run(self, local: LocalRound) -> Reply:
+        if local.client == 7:
+            if self.params == "kill":
+                os._exit(1)
+            raise ValueError("client 7 fails")
+        return super().run(local)
+
+
 def with_half(strategy: FederatedStrategy, half: ClientHalf) -> FederatedStrategy:
     """Give a strategy another client half."""
     strategy.half = half

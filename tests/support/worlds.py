@@ -76,7 +76,7 @@ def run(strategy: str, options: Mapping[str, Any] | None = None, **sections: Any
         "seed": 3,
     }
     for name, value in sections.items():
-        base[name] = {**base[name], **value} if "name" not in value else value
+        base[name] = {**base.get(name, {}), **value} if "name" not in value else value
     parts = build_parts(Simulation.of(base))
     store = MemoryStore()
     with open_grid(parts, store) as grid:
