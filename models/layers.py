@@ -89,7 +89,7 @@ class MaxPool(nn.Module):
         y = F.max_pool2d(channels_last(x), self.size, self.stride, self.padding)
         if y.requires_grad:
             # From flattened features the gradient comes in the other layout, on which the backward pass is slow.
-            y.register_hook(channels_last)
+            y.register_hook(channels_last)  # type: ignore[no-untyped-call]
         return y
 
 
