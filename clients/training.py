@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -93,17 +92,20 @@ def train(
         rule.restore(local.state, scope)
     batches = batches or own_batches(local, params)
     parts = replace(local.parts, low=torch.bfloat16) if params.precision == "bfloat16" else local.parts
-    simple = hasattr(loss, ONE_CALL)
-    fast = local.fast if simple and hooks.estimate is None else None
-    descends = fast and rule.plain and hooks.correct is None and not (further or params.clip_norm)
-    estimate = fast.descend if fast and descends else hooks.estimate or backpropagate
-    # Where nothing can draw, seeding for it and putting the generators back is spared.
-    silent = simple and hooks == Hooks() and isinstance(batches, BatchReader) and not local.parts.draws
-    stream = contextlib.nullcontext() if silent else module_stream(local, params.persist, scope)
+    fast = local.fast if hasattr(loss, ONE_CALL) and hooks.estimate is None else None
+    estimate = hooks.estimate or backpropagate
+    if fast is not None and rule.plain and hooks.correct is None and not (further or params.clip_norm):
+        estimate = fast.descend
     reported = _Reported()
     lr = params.lr
     local.model.train()
-    with stream, fast.applied() if fast else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        # Where nothing can draw, seeding for it and putting the generators back is spared.
+        quiet = hasattr(loss, ONE_CALL) and hooks == Hooks() and isinstance(batches, BatchReader)
+        if local.parts.draws or not quiet:
+            stack.enter_context(module_stream(local, params.persist, scope))
+        if fast is not None:
+            stack.enter_context(fast.applied())
         for index in steps:
             if local.deadline is not None and time.monotonic() > local.deadline:
                 raise TimeLimitError(f"time limit exceeded after {index - steps.start} steps")
@@ -111,7 +113,11 @@ def train(
             lr = params.lr_at(index, clock.steps, clock.rounds)
             if fast is not None:
                 fast.lr = lr
-            value, metrics, gradients = estimate(partial(loss, parts, batch, extras, local.task), moving)
+
+            def compute(batch: Batch = batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+                return loss(parts, batch, extras, local.task)
+
+            value, metrics, gradients = estimate(compute, moving)
             if hooks.correct is not None:
                 gradients = _corrected(hooks.correct, gradients, moving, extras)
             if params.clip_norm:
@@ -122,7 +128,9 @@ def train(
                 products = {n: v.detach() for n, v in metrics.items() if v.ndim and v.is_floating_point()}
                 hooks.after_step(Step(index, lr, batch, local.parts, extras, local.task, products))
             # A step on unlabelled samples alone still counts.
-            reported.add({"loss": value, **metrics}, max(batch["y"].shape[0], 1))
+            reported.add(
+                {"loss": value, **metrics} if metrics else {"loss": value}, max(batch["y"].shape[0], 1)
+            )
     local.optimizer_steps += len(steps)
     if params.persist:
         local.state.update(rule.state(scope))

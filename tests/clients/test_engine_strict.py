@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowerbed.clients.data import BatchOrder, BatchReader, ClientData, ViewCache
 from flowerbed.clients.engine_rules import clip, update_rule
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import Clock, LocalRound, Step
+from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.training import Hooks, train
+from flowerbed.clients.training import train
 from flowerbed.errors import ConfigError
-from flowerbed.models.base import ModelSpec, Net
+from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
@@ -150,7 +150,7 @@ def test_views_are_kept_within_their_limit_and_the_last_one_always() -> None:
 
 def open_round(model: str, local: LocalParams, samples: int = 20) -> LocalRound:
     data = view(samples)
-    net = ModelSpec(f"{__name__}:noisy" if model == "noisy" else model, (6,), 3).build(0)
+    net = ModelSpec(model, (6,), 3).build(0)
     return LocalRound(
         client=0, seed=0, clock=Clock(1, 5, local.steps_per_round(samples)), phase="train", config={},
         received={"arrays": dict(net.state_dict())}, model=net, parts=ModelParts.resident(net),
@@ -200,45 +200,6 @@ def test_a_step_is_forward_backward_and_one_update_and_nothing_else() -> None:
         "_foreach_add_": 1,
         "add_": 1,
     }
-
-
-class Noisy(nn.Module):
-    """A layer that nobody knows, and that draws."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn(x.shape)
-
-
-def noisy(input_shape: tuple[int, ...], num_classes: int) -> Net:
-    return Net(Noisy(), nn.Linear(6, num_classes), 6)
-
-
-def draws_after_a_step(step: Step) -> None:
-    for p in step.parts.parameters.values():
-        p.detach().add_(torch.randn(p.shape), alpha=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("model", "hooks"), [("noisy", Hooks()), ("linear", Hooks(after_step=draws_after_a_step))]
-)
-def test_whatever_may_draw_draws_from_the_clients_stream(model: str, hooks: Hooks) -> None:
-    """Also layers and hooks that we do not know: the state of torch's generator outside does not matter."""
-    found = []
-    for outside in (1, 2):
-        with torch.random.fork_rng():
-            torch.manual_seed(outside)
-            local = open_round(model, LocalParams(batch_size=5))
-            train(local, ClientHalf().loss, extras={}, hooks=hooks)
-            found.append(local.parameters())
-    assert all(torch.equal(found[1][n], v) for n, v in found[0].items())
-
-
-@pytest.mark.parametrize(("model", "draws"), [("linear", False), ("noisy", True)])
-def test_layers_that_draw_nothing_are_known(model: str, draws: bool) -> None:
-    local = open_round(model, LocalParams())
-    assert local.parts.draws is draws
-    local.model.head.register_forward_hook(lambda module, inputs, output: output)  # type: ignore[union-attr]
-    assert ModelParts.resident(local.model).draws
 
 
 def test_the_engine_is_part_of_what_a_run_is() -> None:
