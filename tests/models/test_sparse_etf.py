@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -61,6 +62,7 @@ def test_the_dense_frame_is_a_simplex(shape: tuple[int, int], seed: int) -> None
 
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, beta=st.floats(0, 0.4), seed=st.integers(0, 2**31))
+@example(shape=(5, 5), beta=0.39999999999999997, seed=0)
 def test_as_many_entries_are_zero_as_asked_and_they_stay_zero(
     shape: tuple[int, int], beta: float, seed: int
 ) -> None:
@@ -69,7 +71,9 @@ def test_as_many_entries_are_zero_as_asked_and_they_stay_zero(
         support = drawn_support(dim, classes, beta, stream(seed))
     except ConfigError:
         return
-    assert int((~support).sum()) == math.floor(beta * dim * classes)
+    # In exact numbers: floor of a rounded product may be one more where beta d C is all but whole.
+    left = Fraction(beta) * dim * classes - int((~support).sum())
+    assert Fraction(-1, 10**9) <= left < 1
     frame = torch.randn(dim, classes, generator=stream(seed), dtype=torch.float64) * support
     moved = spread(frame, support, SparseEtf(beta, 1.0, steps=5, lr=0.01))
     assert torch.equal(moved != 0, support)
