@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,8 +69,8 @@ def check_replies(
             answered.append(reply)
     sent = sent_shapes(asked[0].content) if asked else {}
     read = [_Read.of(reply) for reply in answered]
-    usual_metrics = _most_common([frozenset(r.metrics) for r in read]) or frozenset()
-    usual = _usual_shapes(read)
+    usual_metrics = _most_common((frozenset(r.metrics), 1) for r in read) or frozenset()
+    usual = _usual_shapes([(r.shapes, 1) for r in read])
     usable: list[Message] = []
     for one in read:
         problem = (
@@ -109,29 +109,26 @@ def settle_pool(pool: Pool, sent: Shapes, clients: Sequence[int], server_round: 
     Replies were added up by layout, so that those which differ from most can still be left out.
     """
     found = sorted(pool.sums.items(), key=lambda item: min(item[1].places))
-    votes: Counter[frozenset[str]] = Counter()
-    by_shape: list[tuple[Shapes, int]] = []
-    for layout, sums in found:
-        votes[layout.metrics] += len(sums.places)
-        known = [i for i, (shapes, _) in enumerate(by_shape) if shapes == layout.shapes]
-        if known:
-            by_shape[known[0]] = (layout.shapes, by_shape[known[0]][1] + len(sums.places))
-        else:
-            by_shape.append((layout.shapes, len(sums.places)))
-    usual_metrics = votes.most_common(1)[0][0] if votes else frozenset()
-    usual = max(by_shape, key=lambda item: item[1])[0] if by_shape else {}
-    chosen: tuple[Layout, Sums] | None = None
+    usual_metrics = _most_common((layout.metrics, len(sums.places)) for layout, sums in found) or frozenset()
+    usual = _usual_shapes([(layout.shapes, len(sums.places)) for layout, sums in found])
     refused: list[Refused] = []
+    fitting: list[tuple[Layout, Sums]] = []
     for layout, sums in found:
         problem = _missing_problem(layout.metrics, usual_metrics) or _shape_problem(
             layout.shapes, sent, usual
         )
-        if problem is None and chosen is not None and layout.streams != chosen[0].streams:
+        if problem is None:
+            fitting.append((layout, sums))
+        else:
+            refused += [Refused(place, *problem) for place in sums.places]
+    streams = _most_common((layout.streams, len(sums.places)) for layout, sums in fitting)
+    chosen: tuple[Layout, Sums] | None = None
+    for layout, sums in fitting:
+        if layout.streams != streams:
             problem = "wrong-shape", "its tensors have other types than those of most replies"
-        if problem is not None:
             refused += [Refused(place, *problem) for place in sums.places]
         elif chosen is None:
-            chosen = Layout(layout.streams, usual_metrics), sums
+            chosen = Layout(streams, usual_metrics), sums
         else:
             chosen[1].merge(sums)
     refused += pool.refused
@@ -186,18 +183,24 @@ def _shapes(streams: Mapping[str, ArrayRecord]) -> Shapes:
     return {s: {name: tuple(a.shape) for name, a in record.items()} for s, record in streams.items()}
 
 
-def _usual_shapes(read: Sequence[_Read]) -> Shapes:
-    """Return the shapes that most replies have."""
-    if all(one.shapes == read[0].shapes for one in read):
-        return read[0].shapes if read else {}
-    keys = [frozenset((s, n, shape) for s, a in one.shapes.items() for n, shape in a.items()) for one in read]
-    common = _most_common(keys)
-    return next(one.shapes for one, key in zip(read, keys, strict=True) if key == common)
+def _usual_shapes(found: Sequence[tuple[Shapes, int]]) -> Shapes:
+    """Return the shapes that most replies have, given shapes and how many replies have them, in order of asking."""
+    if all(shapes == found[0][0] for shapes, _ in found):
+        return found[0][0] if found else {}
+    keys = [
+        frozenset((s, n, shape) for s, a in shapes.items() for n, shape in a.items()) for shapes, _ in found
+    ]
+    common = _most_common((key, votes) for key, (_, votes) in zip(keys, found, strict=True))
+    return next(shapes for (shapes, _), key in zip(found, keys, strict=True) if key == common)
 
 
-def _most_common(values: Sequence[T]) -> T | None:
+def _most_common(votes: Iterable[tuple[T, int]]) -> T | None:
+    """Return the value with most votes, given values and votes in the order of asking; None if there is none."""
     # Counter keeps the order of first appearance among equals, so a tie goes to the client asked first.
-    return Counter(values).most_common(1)[0][0] if values else None
+    count: Counter[T] = Counter()
+    for value, number in votes:
+        count[value] += number
+    return count.most_common(1)[0][0] if count else None
 
 
 def _missing_problem(found: frozenset[str], usual: frozenset[str]) -> tuple[str, str] | None:
@@ -227,8 +230,5 @@ def _shape_problem(found: Shapes, sent: Shapes, usual: Shapes) -> tuple[str, str
 
 
 def _number_problem(streams: Mapping[str, ArrayRecord]) -> tuple[str, str] | None:
-    for stream, record in streams.items():
-        name = first_non_finite(record)
-        if name is not None:
-            return "non-finite", f"'{name}' of stream '{stream}' holds NaN or infinity"
-    return None
+    problems = (pooling.number_problem(name, messages.tensors(record)) for name, record in streams.items())
+    return next((problem for problem in problems if problem is not None), None)

@@ -12,8 +12,8 @@ import torch
 from flwr.app import MetricRecord
 from torch import Tensor
 
+from flowerbed import pooling
 from flowerbed.clients.local_round import Metric
-from flowerbed.errors import RunError
 from flowerbed.models import evaluation
 from flowerbed.pooling import Tally
 from flowerbed.storage import Tensors
@@ -30,10 +30,7 @@ def weighted_mean(models: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     their type by taking the largest value. Raises ``RunError`` if the weights sum to zero.
     """
     total = float(sum(weights))
-    if not total > 0:
-        raise RunError(
-            "All replies weigh nothing (zero examples); give the clients data, or use uniform weighting."
-        )
+    pooling.require_weight(total)
     mean: Tensors = {}
     for name, first in models[0].items():
         if not (first.is_floating_point() or first.is_complex()):
@@ -90,14 +87,8 @@ def summed_evaluation(replies: Sequence[Mapping[str, Metric]]) -> MetricRecord:
 
 def scalar(metric: Metric) -> float:
     """Return a metric that must be one number; raises ``RunError`` for a list."""
-    if isinstance(metric, list):
-        raise RunError(f"Expected one number, got a list of {len(metric)}.")
-    return float(metric)
+    return float(pooling.number(metric))
 
 
 def _counts(metric: Metric) -> list[int]:
-    return [int(count) for count in _entries(metric)]
-
-
-def _entries(metric: Metric) -> list[float]:
-    return list(metric) if isinstance(metric, list) else [metric]
+    return [int(count) for count in metric] if isinstance(metric, list) else [int(metric)]

@@ -1,8 +1,8 @@
 """The server half of an algorithm: the class that an algorithm file derives from.
 
 It is a Flower ``Strategy``: its four methods are the contract that our loop, and Flower's own ``start``,
-call. An algorithm overrides ``aggregate`` (and perhaps ``broadcast``, ``phases``); everything else is here
-once.
+call. An algorithm that takes nothing but means from the replies names them in ``pooled`` and overrides
+``combine``, any other overrides ``aggregate`` (and perhaps ``broadcast``, ``phases``); everything else is here once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
-from flowerbed.pooling import Pooled, Pooling, means
+from flowerbed.pooling import WEIGHT, Pooled, Pooling, means
 from flowerbed.registry import Registry
 from flowerbed.storage import TensorGroups, Tensors
 from flowerbed.strategies import aggregation
 from flowerbed.strategies.server_side import ServerSide
 
 CONFIG = "config"
-EXAMPLES = "num-examples"
 TRANSFORM = "transform "
 
 
@@ -105,7 +104,7 @@ class ClientReply:
     @property
     def examples(self) -> float:
         """The number of training samples of the client (n_k)."""
-        return aggregation.scalar(self.metrics[EXAMPLES])
+        return aggregation.scalar(self.metrics[WEIGHT])
 
 
 class ServerTransform:

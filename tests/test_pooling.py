@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from flowerbed.errors import RunError
 from flowerbed.pooling import (
+    SMALL,
     UNIFORM,
     Adder,
     Exact,
@@ -228,6 +229,30 @@ def test_means_are_numpys_and_types_are_kept() -> None:
     assert found["flag"].dtype == torch.bool
     assert bool(found["flag"])
     assert found["empty"].shape == (0,)
+
+
+def test_large_streams_of_one_layout_keep_their_own_numbers() -> None:
+    # Beyond SMALL numbers the flat row lies in memory that is kept, of which every stream needs its own.
+    def one(place: int) -> Reply:
+        streams = {
+            "arrays": {"w": torch.full((SMALL + 1,), place + 1.0)},
+            "control": {"w": torch.full((SMALL + 1,), 100.0)},
+        }
+        return place, streams, {"num-examples": 1}
+
+    found = means([one(place) for place in range(3)], POOLING, 3)
+    assert torch.equal(found["model"]["w"], torch.full((SMALL + 1,), 2.0))
+    assert torch.equal(found["control"]["w"], torch.full((SMALL + 1,), 100.0))
+
+
+@given(order=st.permutations(range(40)))
+@settings(max_examples=10, deadline=None)
+def test_replies_in_any_order_give_the_same_bits(order: list[int]) -> None:
+    given_ = replies(40)
+    wanted, found = means(given_, POOLING, 40), means([given_[i] for i in order], POOLING, 40)
+    for name, tensors in wanted.items():
+        for key, value in tensors.items():
+            assert torch.equal(found[name][key], value)
 
 
 @settings(max_examples=20, deadline=None)

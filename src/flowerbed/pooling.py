@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
@@ -233,7 +235,7 @@ class Tally:
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the metrics of a reply."""
-        weight = _number(metrics[WEIGHT])
+        weight = number(metrics[WEIGHT])
         self.weight.add(weight)
         for name, value in metrics.items():
             if isinstance(value, list):
@@ -362,7 +364,8 @@ class Adder:
         self._means: dict[str, list[Mean]] = {}
         for mean in dict.fromkeys(pooling.values()):
             self._means.setdefault(mean.stream, []).append(mean)
-        self._rows: dict[_Plan, Tensor] = {}
+        self._rows: defaultdict[str, dict[_Plan, Tensor]] = defaultdict(dict)
+        # By stream, because all streams of a reply are read before any is added.
         self._free: dict[tuple[int, torch.device], list[Tensor]] = {}
         self._last: tuple[Layout, tuple[Any, ...]] | None = None
 
@@ -388,7 +391,7 @@ class Adder:
         sums = self._sums(pool, layout)
         for stream, row in rows.items():
             for mean in self._means[stream]:
-                self._accumulate(sums, mean, row, _number(metrics[WEIGHT]) if mean.weight == EXAMPLES else 1)
+                self._accumulate(sums, mean, row, number(metrics[WEIGHT]) if mean.weight == EXAMPLES else 1)
         self._finish(sums, layout, streams, metrics, place)
         return True
 
@@ -413,40 +416,36 @@ class Adder:
         finite = _finite_rows(streams, len(places))
         used: list[int] = []
         for k, own in enumerate(metrics):
-            if (
-                finite[k]
-                and metric_problem(own) is None
-                and self._layout(views[k], own) == self._layout(views[0], metrics[0])
-            ):
+            if finite[k] and metric_problem(own) is None and own.keys() == metrics[0].keys():
                 used.append(k)
             else:
                 self.add(pool, places[k], views[k], own)
         if used:
-            self._add_used(pool, [places[k] for k in used], _taken(streams, used), [metrics[k] for k in used])
-        return [k in used for k in range(len(places))]
+            both = [(places[k], views[k], metrics[k]) for k in used]
+            self._add_used(pool, _taken(streams, used), both)
+        kept = set(used)
+        return [k in kept for k in range(len(places))]
 
     def _add_used(
         self,
         pool: Pool,
-        places: Sequence[int],
         streams: Mapping[str, Tensors],
-        metrics: Sequence[Mapping[str, Metric]],
+        replies: Sequence[tuple[int, Streams, Mapping[str, Metric]]],
     ) -> None:
-        first = {s: {n: v[0] for n, v in tensors.items()} for s, tensors in streams.items()}
-        layout = self._layout(first, metrics[0])
+        """Add ``replies``, views of the stacked ``streams``, which are all of one layout."""
+        layout = self._layout(*replies[0][1:])
         sums = self._sums(pool, layout)
         for stream, means in self._means.items():
             plan = layout.plans.get(stream)
             if plan is None:
                 continue
             for mean in means:
-                weights = [_number(m[WEIGHT]) if mean.weight == EXAMPLES else 1 for m in metrics]
+                weights = [number(m[WEIGHT]) if mean.weight == EXAMPLES else 1 for _, _, m in replies]
                 summed = {n: _weighted(streams[stream][n], weights) for n, _, _ in plan.summed}
-                self._accumulate(sums, mean, plan.flat(summed, self._rows), 1)
-        for k, (place, own) in enumerate(zip(places, metrics, strict=True)):
-            pool.nbytes += layout.nbytes + metrics_nbytes(own)
-            mine = {s: {n: v[k] for n, v in tensors.items()} for s, tensors in streams.items()}
-            self._finish(sums, layout, mine, own, place)
+                self._accumulate(sums, mean, plan.flat(summed, self._rows[stream]), 1)
+        for place, own, metrics in replies:
+            pool.nbytes += layout.nbytes + metrics_nbytes(metrics)
+            self._finish(sums, layout, own, metrics, place)
 
     def recycle(self, merged: Iterable[Sums]) -> None:
         """Take back the memory of sums that were added to others."""
@@ -468,16 +467,13 @@ class Adder:
         self, stream: str, plan: _Plan, tensors: Mapping[str, Tensor], rows: dict[str, Tensor]
     ) -> tuple[str, str] | None:
         """Put the flat row of a stream that adds up into ``rows``, or return what is wrong with its numbers."""
-        name = None
         if stream not in self._means:
-            name = first_non_finite(tensors)
-        elif plan.numbers:
-            row = rows[stream] = plan.flat(tensors, self._rows)
+            return number_problem(stream, tensors)
+        if plan.numbers:
+            row = rows[stream] = plan.flat(tensors, self._rows[stream])
             if self._checked and not math.isfinite(row.sum().item()):
-                name = first_non_finite(tensors)
-        return (
-            None if name is None else ("non-finite", f"'{name}' of stream '{stream}' holds NaN or infinity")
-        )
+                return number_problem(stream, tensors)
+        return None
 
     def _sums(self, pool: Pool, layout: Layout) -> Sums:
         if layout not in pool.sums:
@@ -555,10 +551,7 @@ class Pooled:
             if mean.stream not in layout.plans:
                 raise RunError(f"The strategy averages stream '{mean.stream}', which no client sends.")
             total = sums.total(mean)
-            if not total > 0:
-                raise RunError(
-                    "All replies weigh nothing (zero examples); give the clients data, or use uniform weighting."
-                )
+            require_weight(total)
             plan = layout.plans[mean.stream]
             summed = plan.parted(sums.rows[mean] / total) if plan.summed else {}
             both = {**summed, **sums.largest.get(mean.stream, {})}
@@ -566,6 +559,14 @@ class Pooled:
             found[mean] = {name: both[name] for name in order}
         means = {name: found[mean] for name, mean in pooling.items()}
         return cls(means, sums.tally, layout.metrics, len(sums.places))
+
+
+def require_weight(total: float) -> None:
+    """Raise ``RunError`` unless the replies weigh something together."""
+    if not total > 0:
+        raise RunError(
+            "All replies weigh nothing (zero examples); give the clients data, or use uniform weighting."
+        )
 
 
 def metric_problem(metrics: Mapping[str, Metric]) -> tuple[str, str] | None:
@@ -579,6 +580,12 @@ def metric_problem(metrics: Mapping[str, Metric]) -> tuple[str, str] | None:
     if isinstance(weight, list) or weight < 0:
         return "missing-metric", f"metric '{WEIGHT}' is {weight}, not a number of examples"
     return None
+
+
+def number_problem(stream: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return kind and reason if a number in a stream is not finite."""
+    name = first_non_finite(tensors)
+    return None if name is None else ("non-finite", f"'{name}' of stream '{stream}' holds NaN or infinity")
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -600,13 +607,16 @@ def metrics_nbytes(metrics: Mapping[str, Metric]) -> int:
 
 
 def added(adder: Adder, replies: Iterable[tuple[int, Streams, Mapping[str, Metric]]], cohort: int) -> Pool:
-    """Return the pool of ``(place, streams, metrics)`` in the order of places, along the cohort's tree."""
-    ladder, waiting = Ladder(adder), _Peekable(replies)
-    for block in blocks(cohort):
+    """Return the pool of ``(place, streams, metrics)``, in whatever order, along the cohort's tree."""
+    size = block_size(cohort)
+    filled: defaultdict[int, list[tuple[int, Streams, Mapping[str, Metric]]]] = defaultdict(list)
+    for reply in sorted(replies, key=itemgetter(0)):
+        filled[reply[0] // size].append(reply)
+    ladder = Ladder(adder)
+    for number in range(len(blocks(cohort))):
         pool = Pool()
-        while waiting.head is not None and waiting.head[0] in block:
-            adder.add(pool, *waiting.head)
-            waiting.advance()
+        for reply in filled[number]:
+            adder.add(pool, *reply)
         ladder.push(pool)
     return ladder.top()
 
@@ -614,7 +624,7 @@ def added(adder: Adder, replies: Iterable[tuple[int, Streams, Mapping[str, Metri
 def means(
     replies: Iterable[tuple[int, Streams, Mapping[str, Metric]]], pooling: Pooling, cohort: int
 ) -> Mapping[str, Tensors]:
-    """Return the means of replies ``(place, streams, metrics)``, in the order of places, as they are.
+    """Return the means of replies ``(place, streams, metrics)``, in whatever order, as they are.
 
     Raises ``RunError`` if they differ in what they hold or weigh nothing.
     """
@@ -623,15 +633,6 @@ def means(
         raise RunError("The replies differ in the names, shapes or types of their tensors.")
     ((layout, sums),) = pool.sums.items()
     return Pooled.of(pooling, layout, sums).means
-
-
-class _Peekable:
-    def __init__(self, items: Iterable[tuple[int, Streams, Mapping[str, Metric]]]) -> None:
-        self._items: Iterator[tuple[int, Streams, Mapping[str, Metric]]] = iter(items)
-        self.advance()
-
-    def advance(self) -> None:
-        self.head = next(self._items, None)
 
 
 def _keep_larger(mine: dict[str, Tensors], theirs: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -658,7 +659,8 @@ def _taken(streams: Mapping[str, Tensors], rows: list[int]) -> Mapping[str, Tens
     return {s: {n: v[rows] for n, v in tensors.items()} for s, tensors in streams.items()}
 
 
-def _number(metric: Metric) -> float:
+def number(metric: Metric) -> float:
+    """Return a metric that must be one number; raises ``RunError`` for a list."""
     if isinstance(metric, list):
         raise RunError(f"Expected one number, got a list of {len(metric)}.")
     return metric

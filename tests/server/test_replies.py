@@ -8,8 +8,9 @@ import torch
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from flowerbed import messages
+from flowerbed.pooling import Adder, Mean, Pool
 from flowerbed.server.grids import flower_compat
-from flowerbed.server.replies import check_replies
+from flowerbed.server.replies import check_replies, settle_pool
 
 flower_compat.set_identity(1)
 CLIENTS = {1000: 0, 1001: 1, 1002: 2}
@@ -132,3 +133,14 @@ def test_a_reply_that_never_came() -> None:
     asked = ask()
     checked = check_replies(asked, [answer(asked[0])], CLIENTS, 1)
     assert [f.kind for f in checked.failures] == ["no-reply", "no-reply"]
+
+
+def test_the_types_of_most_replies_are_the_usual_ones_whoever_was_asked_first() -> None:
+    adder, pool = Adder({"model": Mean("arrays")}), Pool()
+    for place, kind in enumerate([torch.float64, torch.float32, torch.float32]):
+        adder.add(
+            pool, place, {"arrays": {"w": torch.full((2,), float(place), dtype=kind)}}, {"num-examples": 1}
+        )
+    settled = settle_pool(pool, {}, [10, 11, 12], 1)
+    assert [(f.client, f.kind) for f in settled.failures] == [(10, "wrong-shape")]
+    assert settled.sums.places == [1, 2]
