@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from flwr.app import ConfigRecord
 
@@ -17,6 +18,7 @@ from flowerbed.experiments.composition import compose_simulations
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.pooling import blocks
+from flowerbed.server.grids.base import SimulationGrid
 from flowerbed.server.loop import Federation
 
 USAGE = """\
@@ -92,7 +94,8 @@ def _engine(parts: Parts, federation: Federation) -> str:
         return f"generic: {refusal}; {cut} are added up"
     arrays = messages.array_record(federation.model)
     content, nodes = federation.strategy.question(1, arrays, ConfigRecord({}), federation.grid)
-    numbers = [node - min(federation.grid.get_node_ids()) for node in nodes[:size]]
+    grid = cast(SimulationGrid, federation.grid)
+    numbers = [grid.partition_id(node) for node in nodes[:size]]
     plan = Worker(spec).plan(content, numbers)
     assert plan is not None
     kind = "generic" if plan.kernel == "generic" else "cohort"

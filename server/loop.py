@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -329,17 +330,28 @@ class Federation:
         if hasattr(self.grid, "nodes"):
             known: range = self.grid.nodes
             return {node: known.index(node) if node in known else node for node in nodes}
-        places = {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
-        return {node: places.get(node, node) for node in nodes}
+        return {node: self._places.get(node, node) for node in nodes}
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """The number of every client of a grid that is not ours, as it was when a node was first looked up."""
+        return {node: i for i, node in enumerate(sorted(self.grid.get_node_ids()))}
 
     def _ask(self, asked: list[Message], server_round: int, phase: str) -> _Answers:
         """Exchange messages with the clients and sort what comes back."""
         started = time.perf_counter()
         answered = self._announcer(server_round, phase, len(asked))
         # Our grids report replies as they arrive; with Flower's own grid the progress display just waits.
-        if hasattr(self.grid, "on_reply"):
-            self.grid.on_reply = lambda reply: answered(not reply.has_error())
-        replies = list(self.grid.send_and_receive(asked))
+        grid: Any = self.grid
+        reports = hasattr(grid, "on_reply")
+        if reports:
+            grid.on_reply = lambda reply: answered(not reply.has_error())
+        try:
+            replies = list(grid.send_and_receive(asked))
+        finally:
+            if reports:
+                # A cohort that is added up later may make messages too, and tells of them in its own way.
+                grid.on_reply = None
         numbers = self._numbers(message.metadata.dst_node_id for message in asked)
         checked = check_replies(asked, replies, numbers, server_round)
         # Most messages of a round share one content, which is measured once.

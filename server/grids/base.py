@@ -15,7 +15,7 @@ from flwr.app import Context, Error, Message, RecordDict, UserConfig, UserConfig
 from flwr.serverapp import Grid
 
 from flowerbed.errors import ConfigError, RunError
-from flowerbed.pooling import Adder, Ladder, Pool, Pooling, Refused
+from flowerbed.pooling import Adder, Ladder, Pool, Pooling, Refused, blocks
 from flowerbed.server.grids import flower_compat
 
 ClientCallable = Callable[[Message, Context], Message]
@@ -185,8 +185,8 @@ class SimulationGrid(Grid):
         """Return the clients of every block of the cohort."""
         factory = cast(PoolingFactory, self.app_factory)
         members = [(place, self.partition_id(node)) for place, node in enumerate(nodes)]
-        size = factory.block_size(len(nodes), self.parallel)
-        return [members[start : start + size] for start in range(0, len(members), size)]
+        places = blocks(len(nodes), factory.block_size(len(nodes), self.parallel))
+        return [members[block.start : block.stop] for block in places]
 
     @abstractmethod
     def close(self) -> None:
@@ -252,11 +252,11 @@ class ClientRunner:
         return self._app
 
     def pool(
-        self, opened: OpenRound, blocks: Iterable[Block], adder: Adder, answered: Answered | None = None
+        self, opened: OpenRound, consecutive: Iterable[Block], adder: Adder, answered: Answered | None = None
     ) -> Pool:
         """Run consecutive blocks of clients, the first of them at a place that a tree of that many may start at."""
         ladder = Ladder(adder)
-        for block in blocks:
+        for block in consecutive:
             pool = Pool()
             raised = opened(block, adder, pool)
             pool.refused += [Refused(place, "", describe(error)) for place, error in raised.items()]

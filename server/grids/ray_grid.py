@@ -200,13 +200,17 @@ class RayGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue the messages and hand what fits to idle workers."""
+        return self._push(messages)
+
+    def _push(self, messages: Iterable[Message], *, alone: bool = False) -> list[str]:
+        """Queue the messages, each for a call of its own if ``alone``, and return their ids."""
         accepted = self._accept(messages)
         if not self._pool:
             self._start()
         ids = [message.metadata.message_id for message in accepted]
         self._open.update(ids)
         for message in accepted:
-            self._enqueue(message)
+            self._enqueue(message, alone=alone)
         self._dispatch()
         return ids
 
@@ -269,7 +273,7 @@ class RayGrid(SimulationGrid):
             self._agreed = self._agreement(run)
         while run.waiting or any(worker.part is not None for worker in self._pool):
             self._dispatch_parts(run)
-            self._advance(math.inf, run)
+            self._advance(math.inf)
         for part in run.deadly:
             run.branches.put(part, self._pool_alone(run, run.blocks[part.start]))
         pool = run.branches.top()
@@ -423,13 +427,10 @@ class RayGrid(SimulationGrid):
                 part = run.waiting.popleft()
                 blocks = [run.blocks[i] for i in part.blocks]
                 answer = worker.actor.pool.remote(run.number, run.pooling, self._agreed, blocks, *run.sent)
-                worker.part = part, answer
+                worker.part = _PartCall(run, part, answer)
 
     def _submit(self, worker: _Worker, tasks: list[_Task]) -> None:
-        unique = {id(shared): shared for task in tasks for _, shared in task.records}
-        small = [shared for shared in unique.values() if not shared.large]
-        large = [shared for shared in unique.values() if shared.large]
-        place = {id(shared): number for number, shared in enumerate((*small, *large))}
+        place, small, large = _table(shared for task in tasks for _, shared in task.records)
         calls: list[Call] = [
             (flower_compat.fields_of(task.message), [(name, place[id(s)]) for name, s in task.records])
             for task in tasks
@@ -442,19 +443,14 @@ class RayGrid(SimulationGrid):
         }
         for node in nodes:
             self._state_at[node] = worker
-        answer = worker.actor.run.remote(
-            calls, [shared.packed for shared in small], states, *(shared.packed for shared in large)
-        )
+        answer = worker.actor.run.remote(calls, small, states, *large)
         limit = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
         worker.call = _Call(tasks, answer, limit)
 
     # Answers, from the workers to the replies.
 
-    def _advance(self, timeout: float, run: _CohortRun | None = None) -> bool:
-        """Wait up to ``timeout`` seconds (may be infinite) for one worker; return whether one had news.
-
-        ``run`` is the cohort whose parts workers may be at.
-        """
+    def _advance(self, timeout: float) -> bool:
+        """Wait up to ``timeout`` seconds (may be infinite) for one worker; return whether one had news."""
         pending = {worker.pending: worker for worker in self._pool if worker.pending is not None}
         if not pending:
             self._dispatch()
@@ -472,8 +468,7 @@ class RayGrid(SimulationGrid):
         if done:
             worker = pending[done[0]]
             if worker.part is not None:
-                assert run is not None
-                self._finish_part(worker, *worker.part, run)
+                self._finish_part(worker, worker.part)
             elif worker.call is None:
                 self._finish_start(worker)
             else:
@@ -499,10 +494,11 @@ class RayGrid(SimulationGrid):
             self._failed_starts = 0
             worker.ready = None
 
-    def _finish_part(self, worker: _Worker, part: Part, answer: Any, run: _CohortRun) -> None:
+    def _finish_part(self, worker: _Worker, call: _PartCall) -> None:
         worker.part = None
+        run, part = call.run, call.part
         try:
-            packed: PackedPool = self._ray.get(answer)
+            packed: PackedPool = self._ray.get(call.answer)
         except self._ray.exceptions.RayTaskError as error:
             # The worker lives; what it could not do or send, its clients show one by one.
             logger.warning("A part of the cohort failed (%s); its clients run alone.", _headline(error))
@@ -525,12 +521,7 @@ class RayGrid(SimulationGrid):
     def _pool_alone(self, run: _CohortRun, block: Block) -> Pool:
         """Run the clients of a block one per call and add up their replies here."""
         sent = [Message(run.content, self.node_id(client), "train") for _, client in block]
-        accepted = self._accept(sent)
-        ids = [message.metadata.message_id for message in accepted]
-        self._open.update(ids)
-        for message in accepted:
-            self._enqueue(message, alone=True)
-        self._dispatch()
+        ids = self._push(sent, alone=True)
         while not self._open.isdisjoint(ids):
             self._advance(math.inf)
         pool, adder = Pool(), Adder(run.pooling)
@@ -672,16 +663,22 @@ class _CohortRun:
     answered: Answered
     branches: Branches = dataclasses.field(default_factory=Branches)
     deadly: list[Part] = dataclasses.field(default_factory=list)
-    """Blocks that a worker did not survive."""
+    """Blocks that a worker did not survive, or of a part that could not be done or sent."""
 
     @functools.cached_property
     def sent(self) -> list[Any]:
         """The content as workers take it: the place of each record among those that follow, small and large."""
-        small = [shared for _, shared in self.records if not shared.large]
-        large = [shared for _, shared in self.records if shared.large]
-        number = {id(shared): i for i, shared in enumerate((*small, *large))}
-        places = [(name, number[id(shared)]) for name, shared in self.records]
-        return [places, [shared.packed for shared in small], *(shared.packed for shared in large)]
+        place, small, large = _table(shared for _, shared in self.records)
+        return [[(name, place[id(shared)]) for name, shared in self.records], small, *large]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PartCall:
+    """A part of a cohort at a worker, and the reference to its sum."""
+
+    run: _CohortRun
+    part: Part
+    answer: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -694,8 +691,7 @@ class _Worker:
     started: float
     replacement: bool
     call: _Call | None = None
-    part: tuple[Part, Any] | None = None
-    """A part of a cohort and the reference to its sum."""
+    part: _PartCall | None = None
 
     @property
     def idle(self) -> bool:
@@ -711,7 +707,7 @@ class _Worker:
     def pending(self) -> Any:
         """The reference that resolves when this worker has news, if any."""
         if self.part is not None:
-            return self.part[1]
+            return self.part.answer
         return self.call.answer if self.call is not None else self.ready
 
 
@@ -764,6 +760,14 @@ def _worker_environment(threads: int) -> dict[str, str]:
         # What can be imported here can be imported there.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path)),
     }
+
+
+def _table(records: Iterable[_Shared]) -> tuple[dict[int, int], list[Any], list[Any]]:
+    """Return the place of every record, by identity, in the list of small ones followed by large ones; and both."""
+    unique = {id(shared): shared for shared in records}.values()
+    small, large = [s for s in unique if not s.large], [s for s in unique if s.large]
+    place = {id(shared): number for number, shared in enumerate((*small, *large))}
+    return place, [shared.packed for shared in small], [shared.packed for shared in large]
 
 
 def _nobody(ok: bool) -> None:

@@ -119,10 +119,7 @@ class ClientWorker:
 
 
 def _content(places: list[tuple[str, int]], packed: tuple[PackedRecord, ...]) -> RecordDict:
-    content = RecordDict()
-    for name, place in places:
-        content[name] = unpack(packed[place])
-    return content
+    return unpack_content([(name, packed[place]) for name, place in places])
 
 
 def _run_one(
