@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from flowerbed import messages, pooling
 from flowerbed.clients.cohort import CohortEngine, CohortOptions, Plan
-from flowerbed.clients.cohort.refusal import refusal
+from flowerbed.clients.cohort.refusal import TIME_LIMIT, refusal
 from flowerbed.clients.data import ClientData, ViewCache
 from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.engine_routes import Routes, find_routes
@@ -36,6 +37,7 @@ from flowerbed.models.tasks import task_for
 from flowerbed.pooling import METRICS, Adder, Pool
 from flowerbed.storage import Tensors
 
+LOG = logging.getLogger(__name__)
 Block = Sequence[tuple[int, int]]
 """Clients of a round: the place of each in the order of asking, and its number."""
 Raised = Mapping[int, BaseException]
@@ -166,6 +168,7 @@ class Worker:
         self._loads: tuple[Sent, list[Tensor], list[Tensor]] | None = None
         self._engine: CohortEngine | None = None
         self._views = ViewCache(VIEW_BYTES)
+        self._warned: set[str] = set()
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -226,6 +229,10 @@ class Worker:
         sent = Sent.of(content)
         if self.spec.engine_refusal() is not None:
             return partial(self._run_in_turn, sent)
+        if sent.time_limit:
+            # The clock of a client starts when it is opened, and clients that are together are opened at once.
+            self._warn(TIME_LIMIT)
+            return partial(self._run_in_turn, sent)
         if agreed is not None and self._engine is None:
             self._engine = self._make_engine(agreed)
         return partial(self._run_together, sent)
@@ -242,6 +249,11 @@ class Worker:
         """What computes clients together."""
         self._engine = self._engine or self._make_engine(None)
         return self._engine
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            LOG.warning("Clients are computed one after another: %s.", reason)
 
     def _make_engine(self, plan: Plan | None) -> CohortEngine:
         spec = self.spec
@@ -274,7 +286,7 @@ class Worker:
     def _run_together(self, sent: Sent, block: Block, adder: Adder, pool: Pool) -> Raised:
         """Let the engine train the clients and add what it yields."""
         raised: dict[int, BaseException] = {}
-        failed: dict[int, Exception] = {}
+        failed: dict[int, BaseException] = {}
         places: list[int] = []
         opened: list[LocalRound] = []
         for place, client in block:

@@ -21,7 +21,7 @@ from flowerbed.clients.cohort.fused import FusedStack, UnknownStackError, large_
 from flowerbed.clients.cohort.kernels import FusedKernel, Kernel, VmapKernel
 from flowerbed.clients.cohort.layers import has_onednn
 from flowerbed.clients.cohort.plan import Candidate, Plan
-from flowerbed.clients.cohort.refusal import overrides, refusal, uses_base_loss
+from flowerbed.clients.cohort.refusal import TIME_LIMIT, overrides, refusal, uses_base_loss
 from flowerbed.clients.cohort.result import Stacked
 from flowerbed.clients.cohort_params import CohortOptions
 from flowerbed.clients.half import ClientHalf
@@ -96,7 +96,7 @@ class CohortEngine:
             key = (self._signature, tuple(first.train_data.x.shape[1:]))
             if key not in _PLANS:
                 _PLANS[key] = self._measured(first)
-        except Exception as error:  # noqa: BLE001  (the client will fail with the same error when it trains)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the client will fail with the same error when it trains)
             why = f"the client that it was tried on failed ({planning.first_line(error)})"
             return Plan("generic", 1, why)
         self._given = _PLANS[key]
@@ -152,7 +152,7 @@ class CohortEngine:
     # Running.
 
     def run(
-        self, locals_: Sequence[LocalRound], failed: MutableMapping[int, Exception] | None = None
+        self, locals_: Sequence[LocalRound], failed: MutableMapping[int, BaseException] | None = None
     ) -> Iterator[Stacked]:
         """Train the clients and yield their results block by block, in an order of the engine's own.
 
@@ -166,7 +166,7 @@ class CohortEngine:
             self._say(plan.reason, logging.INFO)
         elif any(local.deadline is not None for local in locals_):
             kernel = "generic"
-            self._say("clients have a time limit, which holds for each of them alone")
+            self._say(f"clients are computed one after another: {TIME_LIMIT}")
         order = sorted(range(len(locals_)), key=lambda i: (-locals_[i].clock.steps, i))
         busy = [i for i in order if kernel != "generic" and locals_[i].clock.steps]
         while busy:
@@ -189,14 +189,14 @@ class CohortEngine:
         return [found[i] for i in range(len(locals_))]
 
     def _block(
-        self, kernel: str, members: Sequence[Member], failed: MutableMapping[int, Exception] | None
+        self, kernel: str, members: Sequence[Member], failed: MutableMapping[int, BaseException] | None
     ) -> Iterator[Stacked]:
         """Compute a block; if it does not fit, its halves; if it cannot be batched, each client alone."""
         if not members:
             return
         try:
             result = self._batched(kernel, members)
-        except Exception as error:  # noqa: BLE001  (each client alone raises what is its own)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (each client alone raises what is its own)
             for member in members:
                 member.local.state.clear()
                 member.local.state.update(member.before)
@@ -314,16 +314,16 @@ class CohortEngine:
             LOG.log(level, "cohort engine: %s.", reason)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
-def _kept(failed: MutableMapping[int, Exception] | None, position: int) -> Iterator[None]:
+def _kept(failed: MutableMapping[int, BaseException] | None, position: int) -> Iterator[None]:
     """Keep an error of one client, if there is a place for it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if failed is None:
             raise
         failed[position] = error

@@ -55,12 +55,15 @@ def measured(candidates: Iterable[Candidate], device: torch.device) -> Plan:
     """
     rates: dict[Candidate, float] = {}
     failed: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     started = time.monotonic()
     for candidate in candidates:
         if candidate.kernel in failed:
             continue
         if rates and time.monotonic() - started > BUDGET:
-            failed.setdefault(candidate.kernel, f"not all of it was tried within {BUDGET:.0f} seconds")
+            unfinished[candidate.kernel] = (
+                f"not all of {candidate.kernel} was tried within {BUDGET:.0f} seconds"
+            )
             continue
         try:
             rates[candidate] = _rate(candidate, device, max(rates.values(), default=0.0) / HOPELESS)
@@ -68,12 +71,15 @@ def measured(candidates: Iterable[Candidate], device: torch.device) -> Plan:
             if candidate.kernel == "generic":
                 raise
             failed[candidate.kernel] = first_line(error)
+    if not rates:
+        raise RuntimeError(impossible("no kernel could be tried", failed))
     best = max(rates, key=lambda candidate: rates[candidate])
     named = {candidate.label: rate for candidate, rate in rates.items()}
     others = ", ".join(f"{label} {rate:,.0f}" for label, rate in named.items() if label != best.label)
     reason = f"{best.label} makes {rates[best]:,.0f} client steps a second" + (
         f" ({others})" if others else ""
     )
+    reason = "; ".join([reason, *unfinished.values()])
     return Plan(best.kernel, best.block, impossible(reason, failed), named)
 
 

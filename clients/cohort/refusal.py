@@ -15,6 +15,9 @@ UNSTACKABLE = {
 }
 """Methods of a client half that one batched computation has no place for."""
 
+TIME_LIMIT = "they have a time limit, which holds for each of them alone"
+"""Why clients of a message with a time limit are not computed as a batch."""
+
 
 def refusal(half: ClientHalf, local: LocalParams) -> str | None:
     """Return a sentence that says why clients of ``half`` are not computed as a batch; None if they can be.
@@ -29,6 +32,11 @@ def refusal(half: ClientHalf, local: LocalParams) -> str | None:
     if local.persist:
         return (
             "local.persist keeps each client's optimizer and random stream, which needs one client at a time"
+        )
+    if local.precision != "float32":
+        return (
+            f"local.precision={local.precision} is of steps of one client at a time (cohort.precision is that of "
+            "clients together)"
         )
     return None
 

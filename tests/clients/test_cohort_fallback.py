@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from flowerbed.clients.cohort import CohortEngine, Plan
 from flowerbed.clients.cohort.block import BlockTrainer
+from flowerbed.clients.cohort.refusal import TIME_LIMIT
 from flowerbed.clients.data import LABELLED, Batch
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Extras, LocalRound, Trained
 from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ClientError
+from flowerbed.experiments.simulation import simulate
 from flowerbed.models.base import Net
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
@@ -146,7 +148,7 @@ def test_the_error_of_one_client_is_its_own() -> None:
     clients = Cohort(half=Fussy("refuses"))
     with pytest.raises(ClientError, match="client 2"):
         clients.together(kernel="vmap", block=4)
-    failed: dict[int, Exception] = {}
+    failed: dict[int, BaseException] = {}
     blocks = list(clients.engine(kernel="vmap", block=4).run(clients.rounds(), failed))
     assert list(failed) == [2]
     found = {position: reply for block in blocks for position, reply in block.replies()}
@@ -184,7 +186,7 @@ def test_a_client_without_steps_answers_alone() -> None:
 def test_a_time_limit_holds_for_each_client_alone(caplog: pytest.LogCaptureFixture) -> None:
     clients = Cohort()
     rounds = [replace(local, deadline=time.monotonic() - 1) for local in clients.rounds()]
-    failed: dict[int, Exception] = {}
+    failed: dict[int, BaseException] = {}
     assert not list(clients.engine(kernel="fused", block=4).run(rounds, failed))
     assert sorted(failed) == [0, 1, 2, 3]
     assert "time limit" in said(caplog)[0]
@@ -268,7 +270,7 @@ def test_a_bad_first_client_does_not_spoil_the_cohort(caplog: pytest.LogCaptureF
     good = clients.data[0]
     clients.data[0] = replace(good, y=good.y + 100)
     engine = clients.engine()
-    failed: dict[int, Exception] = {}
+    failed: dict[int, BaseException] = {}
     found = [p for block in engine.run(clients.rounds(), failed) for p, _ in block.replies()]
     assert list(failed) == [0]
     assert sorted(found) == [1, 2, 3]
@@ -284,3 +286,55 @@ def test_someone_else_used_the_resident_model_in_between() -> None:
     first = engine.replies(clients.rounds())
     clients.rounds()[0].load({name: value + 1 for name, value in clients.start.items()})
     assert_same(engine.replies(clients.rounds()), first, 0)
+
+
+class Exits(ClientHalf):
+    """Ends the process where one may not."""
+
+    def begin(self, local: LocalRound) -> Extras:
+        if local.client == 1:
+            raise SystemExit(3)
+        return {}
+
+
+def test_a_client_that_exits_is_one_failure() -> None:
+    clients = Cohort(half=Exits())
+    failed: dict[int, BaseException] = {}
+    found = [
+        pair
+        for s in clients.engine(kernel="fused", block=4).run(clients.rounds(), failed)
+        for pair in s.replies()
+    ]
+    assert list(failed) == [1]
+    assert isinstance(failed[1], SystemExit)
+    assert sorted(position for position, _ in found) == [0, 2, 3]
+
+
+def test_a_kernel_that_fails_its_trial_says_why() -> None:
+    clients = Cohort(half=Branches())
+    plan = clients.engine(kernel="vmap").plan(clients.rounds())
+    assert plan.kernel == "generic"
+    assert "no kernel could be tried; vmap cannot be used: " in plan.reason
+    assert "max()" not in plan.reason
+
+
+def test_the_precision_of_single_clients_is_not_ignored() -> None:
+    clients = Cohort(local=LocalParams(precision="bfloat16"))
+    assert "cohort.precision" in str(clients.engine().refusal())
+
+
+def test_a_time_limit_is_each_clients_own_also_where_they_could_be_together(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def together(*_: Any) -> None:
+        raise AssertionError("the clock of all clients would start at once")
+
+    monkeypatch.setattr(CohortEngine, "run", together)
+    federation = {"clients": 3, "rounds": 2, "time_limit": 600.0}
+    result = simulate(
+        grid={"engine": "cohort", "device": "cpu"}, federation=federation, evaluation={"every": 0}
+    )
+    assert not result.failures
+    assert [text for text in said(caplog) if "time limit" in text] == [
+        f"Clients are computed one after another: {TIME_LIMIT}."
+    ]
