@@ -6,6 +6,7 @@ is. A device encodes its own images this way; a simulation those of all clients 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +18,23 @@ from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.models.encoders import encode
 
 
-def embedded(
-    dataset: Dataset, encoder: nn.Module, device: torch.device, folder: Path | None = None
-) -> Dataset:
+def embedded(dataset: Dataset, make: Callable[[], nn.Module], device: torch.device, folder: Path) -> Dataset:
     """Return the data set whose inputs are the embeddings ``(N, d)``, neither normalised nor scaled.
 
-    Labels, extras and classes are those of ``dataset``. ``folder`` keeps the embeddings: where it has them, nothing
-    is encoded, and its name must say everything that they depend on.
+    Labels, extras and classes are those of ``dataset``. ``folder`` keeps the embeddings: where it has them whole, no
+    encoder is made and nothing is encoded; its name must say everything that they depend on.
     """
-    kept = cache.load(folder) if folder is not None else None
+    kept = cache.load(folder)
     if kept is None:
-        kept = replace(
+        encoder = make()
+        made = replace(
             dataset,
             train=_split(dataset.train, encoder, device),
             test=_split(dataset.test, encoder, device),
             mean=(0.0,),
             std=(1.0,),
         )
-        if folder is not None:
-            kept = cache.store(folder, kept)
+        kept = cache.store(folder, made)
     # A label may have been hidden since the embeddings were kept; these do not depend on it.
     train = Split(kept.train.inputs, dataset.train.labels, dataset.train.extras)
     test = Split(kept.test.inputs, dataset.test.labels, dataset.test.extras)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flowerbed.clients.data import Batch
@@ -33,6 +33,7 @@ from flowerbed.models.base import ModelSpec
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification, Task
 from flowerbed.registry import Registry
+from flowerbed.storage import atomic_write
 from flowerbed.strategies.server_side import ServerSide
 
 VERSION = 1
@@ -228,12 +229,11 @@ def embedded_dataset(
     encoder: Encoder = build(ENCODERS.get(name), options, "encoder")
     root = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / "embeddings"
     key = _key(name, options, material)
-    folder = root / f"{material.dataset.name}-{name}-{key}"
-    if (folder / "facts.json").exists():
-        # What is whole in the cache needs no encoder at all.
-        return embedded(material.dataset, nn.Identity(), material.device, folder)
     return embedded(
-        material.dataset, _made(encoder, material, root / f"{key}.safetensors"), material.device, folder
+        material.dataset,
+        lambda: _made(encoder, material, root / f"{key}.safetensors"),
+        material.device,
+        root / f"{material.dataset.name}-{name}-{key}",
     )
 
 
@@ -242,7 +242,7 @@ def _made(encoder: Encoder, material: Material, path: Path) -> nn.Module:
     made = encoder.make(material)
     state = {n: v.detach().cpu().contiguous().clone() for n, v in made.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
+    atomic_write(path, save(state))
     return made
 
 

@@ -53,7 +53,9 @@ def server_transforms(
     found: list[ServerTransform] = []
     if simulation.secure.enabled:
         _require_maskable(simulation, strategy)
-        found.append(SecureAggregation(simulation.secure, simulation.seed, asked))
+        everyone = any(phase.everyone for phase in strategy.phases(federation.rounds))
+        most = federation.clients if everyone else asked
+        found.append(SecureAggregation(simulation.secure, simulation.seed, asked, most))
     if byzantine.attack == INNER_PRODUCT:
         members = byzantine_clients(byzantine, federation.clients, simulation.seed)
         found.append(InnerProductManipulation(frozenset(FIRST_NODE_ID + k for k in members), byzantine.scale))

@@ -226,9 +226,9 @@ class GgeurHalf(ClientHalf):
     def query(self, local: LocalRound) -> Reply:
         if local.phase != STATISTICS:
             return self.base.query(local)
-        stream = statistics(
-            local.train_data, local.task.classes, self.params, local.generator("statistics noise")
-        )
+        # Statistics are taken on the CPU, whatever the device, and so is their noise.
+        noise = seeds.torch_rng(local.seed, "statistics noise", local.client, local.clock.round)
+        stream = statistics(local.train_data, local.task.classes, self.params, noise)
         return Reply({STATISTICS: stream}, {"num-examples": len(local.train_data)})
 
     def run(self, local: LocalRound) -> Reply:
@@ -254,9 +254,14 @@ class GgeurHalf(ClientHalf):
         if BALANCED not in local.state:
             # Not asked yet: nothing has been generated, and an evaluation needs nothing.
             return local
-        data = balanced_data(local.train_data, local.state[BALANCED])
-        clock = replace(local.clock, steps=local.local.steps_per_round(len(data)))
-        return replace(local, open_train=lambda: data, clock=clock)
+        balanced = local.state[BALANCED]
+        steps = local.local.steps_per_round(len(balanced["rows"]) + len(balanced["y"]))
+        # An evaluation seldom needs the set itself, so it is put together only where somebody asks for it.
+        return replace(
+            local,
+            open_train=lambda: balanced_data(local.train_data, balanced),
+            clock=replace(local.clock, steps=steps),
+        )
 
 
 def statistics(data: ClientData, classes: int, p: GgeurParams, generator: torch.Generator) -> Tensors:

@@ -72,16 +72,19 @@ class SecureAggregation(ServerTransform):
 
     merges = True
 
-    def __init__(self, params: SecureParams, seed: int, cohort: int) -> None:
-        """``cohort`` clients are asked in a round; raises ``ConfigError`` for what cannot be secure."""
+    def __init__(self, params: SecureParams, seed: int, cohort: int, most: int) -> None:
+        """``cohort`` clients are asked in a training round, and at ``most`` so many in any round.
+
+        Raises ``ConfigError`` for what cannot be secure.
+        """
         require(
             cohort >= 3,
             f"secure.enabled hides a client among the others, and a round asks {cohort}; raise federation.cohort "
             "to at least 3.",
         )
         require(
-            cohort << params.bits <= 1 << 32,
-            f"secure.bits is {params.bits}: the sum over {cohort} clients does not fit 32 bits; give fewer bits.",
+            most << params.bits <= 1 << 32,
+            f"secure.bits is {params.bits}: the sum over {most} clients does not fit 32 bits; give fewer bits.",
         )
         self.params = params
         self.seed = seed

@@ -88,12 +88,7 @@ def test_one_client_equals_the_plain_loop(case: str) -> None:
         seed=7,
         grid={"device": "cpu"},
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = plain_loop(model, options, local, seed=7)
-    finally:
-        torch.set_num_threads(threads)
+    expected = plain_loop(model, options, local, seed=7)
     assert result.model.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(result.model[name], value), name

@@ -112,18 +112,28 @@ class Once(nn.Module):
 
 def test_embeddings_are_made_once_and_keep_labels_and_extras(tmp_path: Path) -> None:
     data = tiny()
-    first = embedded(data, Once(), CPU, tmp_path / "key")
+    first = embedded(data, Once, CPU, tmp_path / "key")
     calls = Once.calls
-    again = embedded(data, Once(), CPU, tmp_path / "key")
+    again = embedded(data, Once, CPU, tmp_path / "key")
     assert Once.calls == calls == 2
     torch.testing.assert_close(first.train.inputs, data.train.inputs.flatten(1) / 255)
     assert torch.equal(first.train.inputs, again.train.inputs)
     assert torch.equal(again.prepare(again.train.inputs), again.train.inputs), "neither scaled nor shifted"
     marked = Split(data.train.inputs, data.train.labels, {"labelled": torch.arange(12) < 3})
     third = embedded(
-        Dataset("tiny", marked, data.test, ("a", "b"), (0.5,), (0.5,)), Once(), CPU, tmp_path / "key"
+        Dataset("tiny", marked, data.test, ("a", "b"), (0.5,), (0.5,)), Once, CPU, tmp_path / "key"
     )
     assert torch.equal(third.train.extras["labelled"], marked.extras["labelled"])
+
+
+def test_damaged_embeddings_are_made_again_by_the_encoder(tmp_path: Path) -> None:
+    data = tiny()
+    whole = embedded(data, Once, CPU, tmp_path / "key")
+    largest = max((tmp_path / "key").glob("*.npy"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-8])
+    again = embedded(data, Once, CPU, tmp_path / "key")
+    assert torch.equal(again.train.inputs, whole.train.inputs)
+    assert again.train.inputs.shape == (12, data.train.inputs[0].numel())
 
 
 def parts(encoder: Any, tmp_path: Path, **sections: Any) -> Any:

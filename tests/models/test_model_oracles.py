@@ -16,8 +16,6 @@ from flowerbed.models.resnet import BasicBlock, WideBlock
 from flowerbed.models.transformer import Attention
 from flowerbed.models.zoo import build_model
 
-torch.set_num_threads(1)
-
 
 def plain_convolution(x: Tensor, layer: nn.Module, stride: int) -> Tensor:
     """3x3 convolution with one ring of zeros, as sums over windows."""

@@ -13,8 +13,6 @@ from flowerbed.errors import ConfigError
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.zoo import build_model, list_models
 
-torch.set_num_threads(1)
-
 NAMES = [name for name in list_models() if ":" not in name]
 TEXT = {"char_lstm", "char_gru", "gpt_tiny"}
 NO_VMAP = {"char_lstm", "char_gru"}

@@ -23,8 +23,6 @@ from flowerbed.errors import ConfigError
 from flowerbed.models.base import ModelSpec, Net, buffer_names, parameter_names, roles
 from flowerbed.models.zoo import MODELS, build_model, list_models
 
-torch.set_num_threads(1)
-
 
 @dataclass(frozen=True)
 class Case:

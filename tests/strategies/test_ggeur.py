@@ -369,6 +369,17 @@ def test_masked_sums_give_the_same_shapes() -> None:
     assert record.metrics["statistics-rejected"] == 0
 
 
+def test_masked_statistics_of_all_clients_must_fit_too() -> None:
+    # Three train in a round, but all nine are asked for statistics: 9 * 2**29 would wrap around unseen.
+    with pytest.raises(ConfigError, match="the sum over 9 clients does not fit 32 bits"):
+        simulate(
+            strategy={"name": "ggeur", "scale": 64.0},
+            federation={"clients": 9, "cohort": 3, "rounds": 2},
+            secure={"enabled": True, "bits": 29},
+            grid={"device": "cpu"},
+        )
+
+
 @pytest.mark.parametrize("options", [{"centre": "domains"}, {"client_rank": 2}, {"guide_fraction": 0.8}])
 def test_what_needs_single_replies_is_refused_under_masks(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"secure.enabled"):
