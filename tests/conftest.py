@@ -1,4 +1,4 @@
-"""One PyTorch thread in every test: twins are compared bit by bit, and sums of two threads are other bits than sums of one."""
+"""One PyTorch thread in every test: twins are compared bit by bit, and two threads add up in another order."""
 
 import torch
 
