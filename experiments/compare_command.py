@@ -16,7 +16,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments import compare_report
 from flowerbed.experiments.compare import Watcher, compare_simulations
 from flowerbed.experiments.comparison import Comparison, Run
-from flowerbed.experiments.composition import compose_simulations
+from flowerbed.experiments.composition import compose_simulations, whole_numbers
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.failure import FAILED
 from flowerbed.server.callbacks import SERVER, Record
@@ -82,7 +82,7 @@ def read(settings: Sequence[str]) -> tuple[dict[str, Simulation], list[int]]:
             (methods[label],) = compose_simulations([*shared, *overrides])
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from error
-    return methods, _seeds(values.get("seeds", "0"))
+    return methods, whole_numbers(values.get("seeds", "0"), "seeds")
 
 
 def _from_names(names: Sequence[str], shared: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -117,13 +117,6 @@ def _overrides(path: Path, label: str, value: Any) -> list[str]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise ConfigError(f"{path}, '{label}': give the settings as text, 'strategy=fedprox strategy.mu=0.1'.")
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"seeds={text}: give whole numbers, seeds=0,1,2.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -98,6 +98,16 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         ) from error
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Return the numbers of a list such as 0,1,2; raises ``ConfigError`` naming the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{option}: '{text}' is no list of whole numbers; give for example 0,1,2."
+        ) from error
+
+
 def one_value_each(parsed: Sequence[Override]) -> Iterator[list[str]]:
     """Yield override lists without sweeps: the first values together, then each further value alone."""
     choices: list[list[str]] = []

@@ -92,7 +92,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> tuple[float, float]:
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        positions = output[0].numel() / output.shape[1]
+        positions = output[0].numel() / weight.shape[0]
         found[0] += positions * int((weight != 0).sum())
         found[1] += positions * weight.numel()
 

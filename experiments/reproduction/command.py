@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowerbed.errors import ConfigError, FlowerbedError, require
-from flowerbed.experiments.composition import import_from_current_directory, parse
+from flowerbed.experiments.composition import import_from_current_directory, parse, whole_numbers
 from flowerbed.experiments.failure import FAILED, describe, exit_code
 from flowerbed.experiments.progress import duration
 from flowerbed.experiments.reproduction import digests, ledger, report
@@ -63,7 +63,7 @@ def divided(overrides: Sequence[str]) -> tuple[Settings, Settings]:
         require(section not in ("seed", "run"), f"'{override.input_line}': give --seeds or --out.")
         value: Any = override.value()
         one = {section: {key: value} if key else value}
-        if digests.deciding(one) in ({}, {"data": {}}):
+        if not digests.deciding(one):
             shared = merged(shared, one)
         else:
             settings = merged(settings, one)
@@ -77,7 +77,7 @@ def _one(name: str, asked: argparse.Namespace, settings: Settings, shared: Setti
             asked.scale,
             asked.out,
             claims=asked.claims.split(",") if asked.claims else None,
-            seeds=_seeds(asked.seeds),
+            seeds=None if asked.seeds is None else whole_numbers(asked.seeds, "--seeds"),
             settings=settings,
             shared=shared,
             workers=asked.jobs,
@@ -111,15 +111,6 @@ def _all(asked: argparse.Namespace, shared: Settings, as_json: bool) -> int:
             print(describe(error), file=sys.stderr)
             codes.append(exit_code(error))
     return max(codes, default=0)
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--seeds {text}: give whole numbers, --seeds 0,1,2.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

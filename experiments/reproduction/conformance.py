@@ -13,12 +13,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from flowerbed.experiments.comparison import FINISHED
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.conformance import assert_equal
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.engine import SMOKE, reproduce
 from flowerbed.experiments.reproduction.paper import SCALES, Scale, built, load_paper, load_scale
-from flowerbed.experiments.reproduction.running import FINISHED, MODEL, Job, Outcome, execute, simulation_of
+from flowerbed.experiments.reproduction.running import MODEL, Job, Outcome, execute, simulation_of
 from flowerbed.experiments.reproduction.schedule import Watcher, plan, run_all
 from flowerbed.experiments.simulation import run_simulation
 from flowerbed.server.callbacks import Callback

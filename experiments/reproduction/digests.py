@@ -18,7 +18,7 @@ from typing import Any
 
 from flowerbed.experiments.reproduction.paper import Arm, Paper, Scale
 
-NEUTRAL = ("grid", "run", "tracking")
+NEUTRAL_SECTIONS = ("grid", "run", "tracking")
 NEUTRAL_DATA = ("dir", "cache", "download")
 LENGTH = 16
 
@@ -29,12 +29,10 @@ def digest(value: Any) -> str:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide a result."""
-    kept = {section: value for section, value in settings.items() if section not in NEUTRAL}
-    data = kept.get("data")
-    if isinstance(data, Mapping):
-        kept["data"] = {key: value for key, value in data.items() if key not in NEUTRAL_DATA}
-    return kept
+    """Return the settings that decide a result; where and how it is computed does not."""
+    kept = {section: value for section, value in settings.items() if section not in NEUTRAL_SECTIONS}
+    data = {key: value for key, value in kept.pop("data", {}).items() if key not in NEUTRAL_DATA}
+    return {**kept, "data": data} if data else kept
 
 
 def config(scale: Scale) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flowerbed.errors import ConfigError, unknown_name
+from flowerbed.errors import ConfigError, require, unknown_name
+from flowerbed.experiments.comparison import FINISHED
 from flowerbed.experiments.reproduction.claims import Claim, Verdict, check_metric, judge
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.experiments.reproduction.paper import Paper, Scale, Settings, load_paper, load_scale, merged
-from flowerbed.experiments.reproduction.running import FINISHED, Job, Outcome, united
+from flowerbed.experiments.reproduction.running import Job, Outcome, united
 from flowerbed.experiments.reproduction.schedule import Watcher, plan, run_all
 
 SMOKE = "smoke"
@@ -82,6 +83,10 @@ def reproduce(
     chosen = chosen_claims(paper, claims)
     arms = tuple(found.arms) if claims is None else _needed(found, chosen)
     asked = found.seeds if seeds is None else tuple(seeds)
+    require(
+        0 < len(asked) == len(set(asked)),
+        f"The seeds {list(asked)} repeat or are none; each is evidence once.",
+    )
     jobs = plan(found, arms, asked, Path(out), shared)
     watching = watcher or Watcher()
     # What an analysis adds is known only once all runs are over.

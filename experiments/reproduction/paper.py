@@ -35,7 +35,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -96,13 +95,13 @@ class Paper:
     """Where the numbers are, if not in conf/paper/<slug>.yaml."""
     uses: Sequence[str] = ()
     """Further modules that the result stands and falls with, for example ``flowerbed.models.sparsity``."""
-    module: str = ""
-    """The module that holds the paper; filled in when it is loaded."""
+    address: str = ""
+    """What ``load_paper`` finds it by in any process, ``package.module:ATTRIBUTE``; filled in when it is loaded."""
 
     @property
-    def address(self) -> str:
-        """What ``load_paper`` finds it by, in any process."""
-        return f"{self.module}:PAPER"
+    def module(self) -> str:
+        """The module that holds the paper."""
+        return self.address.partition(":")[0]
 
     @property
     def title(self) -> str:
@@ -156,8 +155,8 @@ def built() -> list[str]:
 def load_paper(name: str) -> Paper:
     """Return the paper called ``name``: a slug, or ``package.module:ATTRIBUTE``; raises ``ConfigError``."""
     if ":" in name:
+        address = name
         found: Any = import_attribute(name, "paper")
-        module = name.partition(":")[0]
     else:
         if name not in built():
             if name in catalogue():
@@ -165,18 +164,13 @@ def load_paper(name: str) -> Paper:
             near = difflib.get_close_matches(name, catalogue(), n=5, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"Unknown paper '{name}'.{hint} All of them: flowerbed papers.")
-        module = f"{PACKAGE}.{name.replace('-', '_')}"
-        found = getattr(importlib.import_module(module), "PAPER", None)
-    require(isinstance(found, Paper), f"{module} holds no Paper; give it PAPER = Paper(...).")
+        address = f"{PACKAGE}.{name.replace('-', '_')}:PAPER"
+        found = getattr(importlib.import_module(address.partition(":")[0]), "PAPER", None)
+    require(isinstance(found, Paper), f"{address} is no Paper; write PAPER = Paper(...) there.")
     # Not dataclasses.replace: papers are compared by what they say, and this is only where they lie.
-    object.__setattr__(found, "module", module)
+    object.__setattr__(found, "address", address)
     assert isinstance(found, Paper)
     return found
-
-
-def module_of(paper: Paper) -> ModuleType:
-    """Return the module that holds the paper."""
-    return importlib.import_module(paper.module)
 
 
 def load_scale(paper: Paper, name: str, overrides: Settings | None = None) -> Scale:

@@ -28,7 +28,6 @@ from flowerbed.storage import atomic_write
 
 OUTCOME = "outcome.json"
 MODEL = "model.safetensors"
-FINISHED = ("completed", "stopped")
 Key = tuple[str, str, int]
 """Slug, arm, seed."""
 Curve = list[tuple[int, float]]

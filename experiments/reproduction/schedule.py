@@ -9,9 +9,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from flowerbed.errors import ConfigError, RunError
+from flowerbed.experiments.comparison import FINISHED
 from flowerbed.experiments.reproduction import digests
 from flowerbed.experiments.reproduction.paper import Scale, Settings, load_paper, load_scale
-from flowerbed.experiments.reproduction.running import FINISHED, MODEL, Job, Key, Outcome, execute
+from flowerbed.experiments.reproduction.running import MODEL, Job, Key, Outcome, execute
 from flowerbed.server.callbacks import Callback, Record, read_lines
 
 POLL = 0.5

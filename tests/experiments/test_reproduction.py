@@ -152,7 +152,7 @@ def test_a_diverged_arm_is_shown_as_diverged_and_takes_what_starts_from_it_along
         ("toy_paper:WRONG_ARM", r"claim 'none': Unknown arm 'fasst'. Did you mean 'fast'"),
         ("ps-dk", r"Unknown paper 'ps-dk'. Did you mean ps-kd"),
         (NO_MODULE, r"has no module yet. There are: .*ps-kd"),
-        ("toy_paper:accuracy", r"holds no Paper"),
+        ("toy_paper:accuracy", r"is no Paper"),
     ],
 )
 def test_what_cannot_work_is_refused(paper: str, sentence: str, tmp_path: Path) -> None:
@@ -210,6 +210,12 @@ def test_a_wrong_protocol_is_explained(change: tuple[str, str], sentence: str, t
         plan(scale := load_scale(paper, "quick"), scale.arms, (0,), tmp_path, {})
 
 
+def test_a_paper_is_found_again_where_it_was_found() -> None:
+    """Its measure is called in other processes, and a module may hold several papers."""
+    address = f"{toy_paper.__name__}:ANALYSED"
+    assert load_paper(load_paper(address).address) is toy_paper.ANALYSED
+
+
 # Hashes and records.
 
 
@@ -226,6 +232,7 @@ def test_where_a_run_is_computed_does_not_count() -> None:
         "run": {"keep": 3},
     }
     assert digests.deciding(one) == {"local": {"lr": 1}, "data": {"imbalance": 2}}
+    assert digests.deciding({"data": {"dir": "/a"}}) == {}
 
 
 def test_record_standing_and_seal(
@@ -323,6 +330,8 @@ def test_changed_settings_go_into_no_ledger(tmp_path: Path, capsys: pytest.Captu
         (["reproduce"], "Name one paper, or use --all"),
         (["reproduce", "--all", "ps-kd"], "--all runs every paper as it stands"),
         (["reproduce", "ps-kd", "seed=3"], "give --seeds or --out"),
+        (["reproduce", "ps-kd", "--seeds", "0,1,0"], "each is evidence once"),
+        (["reproduce", "ps-kd", "--seeds", "zero"], "--seeds: 'zero' is no list of whole numbers"),
         (["reproduce", "ps-kd", "locall.lr=3"], "Unknown setting 'locall'"),
         (["papers", "nothing-like-it"], "Unknown paper"),
     ],

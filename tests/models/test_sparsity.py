@@ -128,6 +128,7 @@ def test_multiply_adds_by_hand() -> None:
         net[0].weight[0] = 0
     # 9 of 18 weights at 16 positions, and 96 at one.
     assert multiply_adds(net, torch.zeros(1, 1, 4, 4)) == (9 * 16 + 96, 18 * 16 + 96)
+    assert multiply_adds(nn.Linear(3, 2), torch.zeros(1, 5, 3)) == (30, 30), "five tokens"
 
 
 def test_sparsity_of_masks() -> None:
