@@ -19,8 +19,6 @@ import torch
 
 from flowerbed.experiments.benchmarks.gate import Finished, Gate, private_replies
 
-KINDS = ("bare", "averaging", "pfl", "flower", "flowerbed", "central")
-
 
 def run(gate: Gate, specification: Mapping[str, Any]) -> dict[str, Any]:
     """Run the contestant of ``specification`` until it or the gate ends it; return what it has to say."""

@@ -72,7 +72,9 @@ class Gate:
         if self._profile is not None:
             self._profile.disable()
         self._synchronise()
-        wall, cpu = time.perf_counter() - self._wall, accounting.cpu_seconds(self._tree) - self._cpu
+        # The CPU time was read last at the start and is read first here, so that its stretch lies within the wall's.
+        cpu = accounting.cpu_seconds(self._tree) - self._cpu
+        wall = time.perf_counter() - self._wall
         self._tell(
             "turn",
             rounds=self._turn,

@@ -40,7 +40,6 @@ class Place:
     work: Work
     turns: int
     least: float
-    workers: int
     small: bool
     """A smoke run: everything as small as it goes."""
     say: Say
@@ -77,7 +76,8 @@ def few_images(folder: Path, name: str, samples: int) -> None:
 
 def on_ray(settings: dict[str, Any], folder: Path, workers: int, run: str) -> dict[str, Any]:
     """Return the settings on that many Ray workers; a run on Ray needs a directory."""
-    return merged(settings, {"grid": {"name": "ray", "workers": workers}, "run": {"dir": str(folder / run)}})
+    own = {"dir": str(folder / run), "figures": False}
+    return merged(settings, {"grid": {"name": "ray", "workers": workers}, "run": own})
 
 
 def single_client(place: Place) -> list[Item]:
@@ -117,14 +117,20 @@ def single_client(place: Place) -> list[Item]:
 
 def echo(place: Place) -> list[Item]:
     """Measure clients that train nothing."""
-    costs = overhead.run(["10k"], ["bare", "inprocess platform"], {"10k": 5 if place.small else ECHO_ROUNDS})
+    title = "no-op client, CPU ms at 10k parameters in process"
+    try:
+        costs = overhead.run(
+            ["10k"], ["bare", "inprocess platform"], {"10k": 5 if place.small else ECHO_ROUNDS}
+        )
+    except RuntimeError as error:
+        return [Item("echo", title, None, bar=overhead.IN_PROCESS_CPU_MS_AT_10K, note=str(error))]
     bare, ours = (cost.cpu_ms for cost in costs)
     return [
         Item(
             "echo",
-            "no-op client, CPU ms at 10k parameters in process",
+            title,
             ours,
-            bar=0.1,
+            bar=overhead.IN_PROCESS_CPU_MS_AT_10K,
             note=f"bare copies {bare:.3g} ms; mean of {costs[0].rounds} rounds of {overhead.COHORT} clients",
         )
     ]
@@ -214,7 +220,6 @@ def memory(place: Place) -> list[Item]:
             (risen[cohorts[-1]] - risen[cohorts[0]]) / one,
             bar=2.0,
             note=f"added by the first rounds, by cohort: {shown}; a model has {one / 2**20:.1f} MiB",
-            detail={"risen": {str(cohort): bytes_ for cohort, bytes_ in risen.items()}},
         )
     ]
 

@@ -79,7 +79,7 @@ BARS = (
     ("ray", "1M", "cpu_ms", 1 / 4),
     ("ray", "10k", "wall_ms", 1 / 20),
 )
-IN_PROCESS_CPU_MS_AT_10K = 0.5
+IN_PROCESS_CPU_MS_AT_10K = 0.1
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +61,6 @@ class Result:
     failure: str = ""
     ready_cpu: float = 0.0
     """CPU seconds of all its processes until it was built."""
-    ready_wall: float = 0.0
     built_bytes: int = 0
     """Memory of its first process when built, without files and shared memory."""
     peak_bytes: int = 0
@@ -89,7 +87,6 @@ class Contestant:
     def __init__(self, entry: Entry) -> None:
         """Start the process; it builds while the parent goes on."""
         self.result = Result(entry.name)
-        self._started = time.perf_counter()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by stop().
         paths = [entry.path, *sys.path] if entry.path else sys.path
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -113,7 +110,6 @@ class Contestant:
         answer = self._answer("ready")
         if answer is not None:
             self.result.ready_cpu = answer["cpu"]
-            self.result.ready_wall = time.perf_counter() - self._started
             self.result.built_bytes = accounting.own_bytes(self._process.pid)
 
     def turn(self, rounds: int, *, watch_memory: bool = False) -> Turn | None:

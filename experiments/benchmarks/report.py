@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.benchmarks.race import Ratio, Result, ratio, repository
+from flowerbed.storage import atomic_write
 
 Document = dict[str, Any]
 MET, MISSED, UNKNOWN = "met", "NOT MET", "not measured"
@@ -34,7 +35,6 @@ class Item:
     high: float | None = None
     note: str = ""
     """What else was seen, or why there is no value."""
-    detail: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, key: str, title: str, found: Ratio, **more: Any) -> Item:
@@ -165,9 +165,9 @@ def markdown(title: str, method: str, document: Document, lines: Sequence[Verdic
     parts = [f"# {title}", method.strip()]
     stamps = [section["stamp"] for section in document.values()]
     if stamps:
-        parts.append("## Machine\n\n" + _machine(stamps[-1]))
+        parts.append("## Machine\n\n" + _machine(max(stamps, key=lambda stamp: str(stamp["date"]))))
     if lines:
-        rows = [f"| {v.title} | {v.bar} | {_cell(v.found)} | {v.verdict} |" for v in lines]
+        rows = [f"| {v.title} | {v.bar} | {cell(v.found)} | {v.verdict} |" for v in lines]
         parts.append("\n".join(["## Bars\n", "| what | bar | found | verdict |", "|---|---|---|---|", *rows]))
     for section in document.values():
         if section["kind"] == "model":
@@ -176,7 +176,7 @@ def markdown(title: str, method: str, document: Document, lines: Sequence[Verdic
     if items:
         rows = [
             f"| {s['title']} | {'-' if s['value'] is None else _shown({**s, 'median': s['value']})} "
-            f"| {_cell(s['note'])} | {_when(s['stamp'])} |"
+            f"| {cell(s['note'])} | {_when(s['stamp'])} |"
             for s in items
         ]
         parts.append(
@@ -187,7 +187,8 @@ def markdown(title: str, method: str, document: Document, lines: Sequence[Verdic
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return text as it can stand in a Markdown table."""
     return text.replace("|", "/").replace("\n", " ")
 
 
@@ -262,8 +263,8 @@ def read(path: Path) -> Document:
 def write(path: Path, document: Document, text: str) -> None:
     """Write ``path``.json and ``path``.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
+    atomic_write(path.with_suffix(".json"), (json.dumps(document, indent=1) + "\n").encode())
+    atomic_write(path.with_suffix(".md"), text.encode())
 
 
 def stored(name: str) -> Path:

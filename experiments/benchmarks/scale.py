@@ -22,7 +22,7 @@ from flowerbed.errors import require
 from flowerbed.experiments.benchmarks import accounting, machine, report
 from flowerbed.experiments.benchmarks.competitors.flowerbed_side import ENDLESS, merged
 from flowerbed.experiments.benchmarks.race import Entry, Result, race
-from flowerbed.experiments.benchmarks.report import Item
+from flowerbed.experiments.benchmarks.report import Item, cell
 from flowerbed.experiments.benchmarks.variants import VARIANTS
 
 REGISTERED = (1_000, 10_000, 100_000, 1_000_000)
@@ -165,7 +165,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]
     for r in rows:
         if r["failure"]:
-            lines.append(f"| {r['clients']:,} | {r['cohort']:,} | {r['failure']} | | | | | | |")
+            lines.append(f"| {r['clients']:,} | {r['cohort']:,} | {cell(r['failure'])} | | | | | | |")
             continue
         mib = [f"{r[name] / 2**20:.1f}" for name in ("data", "resident", "risen")]
         each = f"{1000 * r['cpu'] / r['cohort']:.3g}"

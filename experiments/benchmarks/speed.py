@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.profile:
                 section["profiles"] = profiles({key: section}, model, bars, entries, quantity)
                 add(key, section)
-        place = Place(folder, work, turns, least, options.workers, options.smoke, _say)
+        place = Place(folder, work, turns, least, options.smoke, _say)
         for key in () if gpu else options.items:
             _say(f"item {key}")
             stamp = machine.stamp(options.device)

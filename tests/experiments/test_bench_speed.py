@@ -364,7 +364,7 @@ def test_smoke_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_single_client_item_compares_bits(tmp_path: Path) -> None:
-    place = items.Place(tmp_path, speed.SMOKE, 1, 0.0, 1, True, lambda text: None)
+    place = items.Place(tmp_path, speed.SMOKE, 1, 0.0, True, lambda text: None)
     timed, bits = items.single_client(place)
     assert timed.value is not None
     assert bits.value == 0.0, bits.note
