@@ -27,6 +27,7 @@ examples:
   flowerbed explain grid.engine=auto model=mlp      which exchange, engine and kernel would be used, and why
   flowerbed check my_package:MyStrategy             does my own strategy keep the contract
   flowerbed reproduce ps-kd                         a paper: its arms, seeds, claims and verdicts
+  flowerbed attack runs/watched attack=ig           what single clients gave away, see flowerbed attack --help
   flowerbed papers                                  every paper, and what its record says
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.reproduction import command
 
             return command.main(arguments[1:], as_json)
+        if arguments[:1] == ["attack"]:
+            from flowerbed.experiments.leakage import command as attack
+
+            return attack.main(arguments[1:], as_json)
         if arguments[:1] == ["papers"]:
             from flowerbed.experiments.reproduction import papers_command
 
@@ -125,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce",
         add_help=False,
         help="run a paper's arms and judge its claims: reproduce SLUG [KEY=VALUE ...]",
+    )
+    commands.add_parser(
+        "attack",
+        add_help=False,
+        help="attack what a run's server saw of single clients: attack RUN [KEY=VALUE ...]",
     )
     commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")

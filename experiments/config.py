@@ -199,6 +199,29 @@ class RunParams:
 
 
 @dataclass(frozen=True)
+class ObserveParams:
+    """What is kept of the exchange with single clients, for attacks: in the run directory, under observations."""
+
+    rounds: tuple[int, ...] = ()
+    """Rounds whose exchanges are kept; () keeps none."""
+    clients: tuple[int, ...] = ()
+    """Clients that are observed; () means all that answer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", tuple(self.rounds))
+        object.__setattr__(self, "clients", tuple(self.clients))
+        require(
+            all(round_ >= 1 for round_ in self.rounds),
+            f"observe.rounds is {list(self.rounds)}; rounds count from 1.",
+        )
+        require(
+            all(client >= 0 for client in self.clients),
+            f"observe.clients is {list(self.clients)}; clients count from 0.",
+        )
+        require(bool(self.rounds) or not self.clients, "observe.clients needs observe.rounds.")
+
+
+@dataclass(frozen=True)
 class TrackingParams:
     """Experiment tracking beside the run directory."""
 
@@ -233,11 +256,16 @@ class Simulation:
     data: DataParams = field(default_factory=DataParams)
     grid: GridParams = field(default_factory=GridParams)
     cohort: CohortOptions = field(default_factory=CohortOptions)
+    observe: ObserveParams = field(default_factory=ObserveParams)
     run: RunParams = field(default_factory=RunParams)
     tracking: TrackingParams = field(default_factory=TrackingParams)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        require(
+            not self.observe.rounds or self.run.dir is not None,
+            "observe.rounds keeps exchanges in the run directory; give run.dir.",
+        )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Simulation:
@@ -297,6 +325,7 @@ SECTIONS: dict[str, type] = {
     "data": DataParams,
     "grid": GridParams,
     "cohort": CohortOptions,
+    "observe": ObserveParams,
     "run": RunParams,
     "tracking": TrackingParams,
 }

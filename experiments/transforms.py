@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.storage import Tensors
+from flowerbed.strategies.attacks.observer import Observer
 from flowerbed.strategies.base import FederatedStrategy, ServerTransform
 from flowerbed.strategies.collusion import InnerProductManipulation
 from flowerbed.strategies.privacy import CentralPrivacy, LocalLedger
 from flowerbed.strategies.secure import SecureAggregation
+
+OBSERVATIONS = "observations"
+"""The folder of a run directory that holds what the server saw of single clients."""
 
 
 def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientTransform, ...]:
@@ -46,11 +51,26 @@ def server_transforms(
 ) -> tuple[ServerTransform, ...]:
     """Return what stands before the algorithm; raises ``ConfigError`` for what privacy cannot protect.
 
-    Byzantine clients that collude come first: what they forge is what arrives.
+    Whoever observes comes first, where replies are as they arrive. Byzantine clients that collude come next: what they
+    forge is what arrives.
     """
     federation, byzantine, privacy = simulation.federation, simulation.byzantine, simulation.privacy
     asked = min(math.ceil(federation.wanted * (1 + federation.oversample)), federation.clients)
     found: list[ServerTransform] = []
+    observe = simulation.observe
+    if observe.rounds:
+        assert simulation.run.dir is not None
+        assert strategy.setting is not None
+        assert strategy.setting.server is not None
+        found.append(
+            Observer(
+                Path(simulation.run.dir) / OBSERVATIONS,
+                strategy.setting.server.model,
+                clients=observe.clients or None,
+                rounds=observe.rounds,
+                first_node=FIRST_NODE_ID,
+            )
+        )
     if simulation.secure.enabled:
         _require_maskable(simulation, strategy)
         everyone = any(phase.everyone for phase in strategy.phases(federation.rounds))
