@@ -82,6 +82,7 @@ class Generator(nn.Module):
     """
 
     layers = BLOCKS + 1
+    side = SIDE
 
     def __init__(
         self, channels: int, num_classes: int, latent: int = 64, embedding: int = 32, width: int = 16

@@ -19,6 +19,7 @@ from flowerbed.experiments.leakage import scoring
 from flowerbed.experiments.leakage.truth import Truth, truth_of
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.transforms import OBSERVATIONS
+from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Descent, Inversion, Watch
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
 from flowerbed.strategies.attacks.observer import stems
@@ -66,33 +67,47 @@ class Attacked:
         }
 
 
-def composed(name: str, options: Mapping[str, Any]) -> Inversion:
+def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Inversion:
     """Return a preset with some of its constants replaced.
 
-    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group), of ``Descent`` for all its stages
-    (steps, lr, sign, schedule, ...), and ``tv``, the weight of its total variation. Raises ``ConfigError`` for others.
+    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor), of ``Descent``
+    (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total variation, and
+    ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
     """
-    attack = ATTACKS.get(name)
-    own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk")
+    attack = ATTACKS.get(name)(prior)
+    own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
     moving = tuple(f.name for f in fields(Descent))
+    inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()
     for key, value in options.items():
         if key in own:
             attack = replace(attack, **{key: value})
         elif key in moving:
-            attack = replace(attack, descents=tuple(replace(d, **{key: value}) for d in attack.descents))
+            attack = replace(attack, descents=_moved(attack.descents, key, value))
+        elif key in inside:
+            attack = replace(attack, space=replace(attack.space, **{key: value}))  # type: ignore[type-var]
         elif key == "tv":
             others = tuple(p for p in attack.priors if not isinstance(p, TotalVariation))
             before = [p for p in attack.priors if isinstance(p, TotalVariation)]
             term = replace(before[0], weight=value) if before else TotalVariation(value)
             attack = replace(attack, priors=(term, *others))
         else:
-            raise ConfigError(unknown_name(f"option of attack '{name}'", key, (*own, *moving, "tv")))
+            raise ConfigError(unknown_name(f"option of attack '{name}'", key, (*own, *moving, *inside, "tv")))
     return attack
+
+
+def _moved(descents: tuple[Descent, ...], key: str, value: Any) -> tuple[Descent, ...]:
+    """Return the descents with a setting replaced: one value for all stages, or a list with one for each."""
+    if not isinstance(value, list):
+        return tuple(replace(descent, **{key: value}) for descent in descents)
+    longer = [descents[min(place, len(descents) - 1)] for place in range(max(len(value), len(descents)))]
+    values = [value[min(place, len(value) - 1)] for place in range(len(longer))]
+    return tuple(replace(d, **{key: one}) for d, one in zip(longer, values, strict=True))
 
 
 def attack_run(
     directory: str | Path,
-    attack: Inversion,
+    name: str = "ig",
+    options: Mapping[str, Any] | None = None,
     *,
     clients: Collection[int] | None = None,
     rounds: Collection[int] | None = None,
@@ -103,7 +118,8 @@ def attack_run(
 ) -> Attacked:
     """Attack the observations of a run and score what was found.
 
-    Raises ``ConfigError`` where nothing was observed, an attack is not possible, or data is no images.
+    ``name`` and ``options`` are those of ``composed``; the option ``prior`` names the file of a generator. Raises
+    ``ConfigError`` where nothing was observed, an attack is not possible, or data is no images.
     """
     directory = Path(directory)
     simulation = run_directory.load_simulation(directory)
@@ -116,9 +132,9 @@ def attack_run(
         bool(chosen),
         f"{directory} holds no observation of these clients and rounds; run it with observe.rounds=[1].",
     )
-    for name in grant:
-        require(name in GRANTS, unknown_name("grant", name, GRANTS))
-    parts = build_parts(simulation)
+    for granted in grant:
+        require(granted in GRANTS, unknown_name("grant", granted, GRANTS))
+    parts, where = build_parts(simulation), choose_device(device)
     require(
         len(parts.dataset.input_shape) == 3,
         f"Reconstructions of '{parts.dataset.name}' cannot be scored: its inputs are no images.",
@@ -131,19 +147,22 @@ def attack_run(
         normalisation=normalisation,
         surrogate=_surrogate(parts.dataset) if "surrogate" in grant else None,
     )
+    asked = dict(options or {})
+    prior = None
+    if (path := asked.pop("prior", None)) is not None:
+        prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
+    attack = composed(name, asked, prior)
     truths = [truth_of(parts, o.client, o.round) for o in chosen]
     sides = [replace(side, labels=truth.y) if "labels" in grant else side for truth in truths]
-    found = attack.run(
-        list(zip(chosen, sides, strict=True)), seed=simulation.seed, device=choose_device(device), watch=watch
-    )
+    found = attack.run(list(zip(chosen, sides, strict=True)), seed=simulation.seed, device=where, watch=watch)
     pool = pool_of(parts)
     victims: list[Victim] = []
     references: dict[str, list[float]] = {}
     for observation, truth, made in zip(chosen, truths, found, strict=True):
         marks = scoring.score(made, truth, scale, pool, observation.module())
         victims.append(Victim(observation, truth, made, marks))
-        for name, values in scoring.nulls(truth, scale, pool, simulation.seed).items():
-            references.setdefault(name, []).extend(values)
+        for null, values in scoring.nulls(truth, scale, pool, simulation.seed).items():
+            references.setdefault(null, []).extend(values)
     return Attacked(attack, directory, victims, scale, references, simulation.seed, tuple(grant))
 
 

@@ -14,7 +14,7 @@ import yaml
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.composition import import_from_current_directory, whole_numbers
 from flowerbed.experiments.leakage import report
-from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run, composed
+from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 DESCRIPTION = "Attack what a run's server saw of single clients, and score what was found."
@@ -25,6 +25,7 @@ First keep the exchange of some rounds:
 then:
   flowerbed attack runs/watched                                  Inverting Gradients, 2000 steps
   flowerbed attack runs/watched attack=dlg attack.restarts=3
+  flowerbed attack runs/watched attack=gifd attack.prior=runs/prior/model.safetensors
   flowerbed attack runs/watched attack=ig attack.steps=8000 attack.tv=0.01 --grant labels
 
 Only one plain local step gives a gradient; the tool says where an update is none.
@@ -40,11 +41,11 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     asked = _parser().parse_intermixed_args(list(arguments))
     import_from_current_directory()
     name, options = read(asked.settings)
-    attack = composed(name, options)
     watch = None if as_json or not sys.stderr.isatty() else _progress
     made = attack_run(
         asked.directory,
-        attack,
+        name,
+        options,
         clients=None if asked.clients is None else whole_numbers(asked.clients, "--clients"),
         rounds=None if asked.rounds is None else whole_numbers(asked.rounds, "--rounds"),
         grant=() if asked.grant is None else asked.grant.split(","),

@@ -29,7 +29,7 @@ from flowerbed import seeds
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.base import parameter_names
 from flowerbed.strategies.attacks import labels as label_rules
-from flowerbed.strategies.attacks.objectives import OBJECTIVES, Objective
+from flowerbed.strategies.attacks.objectives import OBJECTIVES, Objective, masked
 from flowerbed.strategies.attacks.observation import (
     Gradient,
     Observation,
@@ -42,9 +42,12 @@ from flowerbed.strategies.attacks.priors import BatchStatistics, group_gap
 from flowerbed.strategies.attacks.spaces import LABELS, Pixels, Rows, Space, Variables, clamped
 
 SIGNS = ("none", "hard", "soft")
-METHODS = ("adam", "lbfgs")
-SCHEDULES = ("constant", "steps", "cosine")
+METHODS = ("adam", "lbfgs", "cma")
+IMITATIONS = ("none", "mask", "sign")
+SCHEDULES = ("constant", "steps", "cosine", "ilo")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+SHARPNESS = 3.0
+"""Of the soft sign: what is a third of the root mean square has 0.76."""
 CURVE = 100
 """Points of a cost curve."""
 Prior = Callable[[Tensor], Tensor]
@@ -59,17 +62,21 @@ class Descent:
     steps: int = 1000
     lr: float = 0.1
     method: str = "adam"
-    """adam, or lbfgs (row by row, 20 inner steps each)."""
+    """adam; lbfgs, row by row, 20 inner steps each; cma, CMA-ES, row by row, ``population`` costs a step and no
+    gradient."""
     sign: str = "none"
     """What Adam sees of the gradient: none (itself), hard (its sign), soft (its tanh)."""
     schedule: str = "constant"
-    """constant; steps: a tenth after 3/8, 5/8 and 7/8; cosine: towards 0."""
+    """constant; steps: a tenth after 3/8, 5/8 and 7/8; cosine: towards 0; ilo: up over a twentieth of the steps, level
+    to a quarter, then a cosine to 0 (Daras et al. 2021, as GIFD has it)."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly."""
     noise: float = 0.0
     """Langevin noise: normal numbers times this and the learning rate, after each step."""
     clip: float = 0.0
     """Largest norm of a row's gradient; 0 is none."""
+    population: int = 50
+    """Of CMA-ES."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"attack.steps is {self.steps}; give at least 1.")
@@ -86,6 +93,10 @@ class Descent:
         lr = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
         if self.schedule == "steps":
             return lr * 0.1 ** sum(step >= self.steps * part / 8 for part in (3, 5, 7))
+        if self.schedule == "ilo":
+            done = step / self.steps
+            ramp = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - done) / 0.75))
+            return lr * ramp * min(1.0, done / 0.05)
         if self.schedule == "cosine":
             return lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return lr
@@ -107,6 +118,12 @@ class Inversion:
     """One for each stage of the space; the last one goes on for those that follow."""
     rule: str = "count"
     """How labels are restored where they are not given: a label rule."""
+    imitation: str = "none"
+    """What of a defence the attacker repeats on its candidates: mask, entries that are 0 in the observed gradient take
+    no part (pruning, top-k, Soteria); sign, a soft sign of the candidate's gradient."""
+    floor: float = 0.0
+    """D as the attacker expects it at the truth, from noise that it knows of: the first stage that gets there is the
+    last that counts (a discrepancy rule)."""
     restarts: int = 1
     chunk: int = 0
     """Rows computed at a time; 0 means all of them."""
@@ -114,6 +131,11 @@ class Inversion:
     def __post_init__(self) -> None:
         require(self.restarts >= 1, f"attack.restarts is {self.restarts}; give at least 1.")
         require(self.chunk >= 0, f"attack.chunk is {self.chunk}; give 0 (all rows) or more.")
+        require(self.floor >= 0, f"attack.floor is {self.floor}; give 0 (none) or more.")
+        require(
+            self.imitation in IMITATIONS,
+            f"attack.imitation is '{self.imitation}'; choose from {', '.join(IMITATIONS)}.",
+        )
         OBJECTIVES.get(self.objective)
         label_rules.RULES.get(self.rule)
 
@@ -237,11 +259,11 @@ class _Search:
         stage = 0
         while True:
             descent = self._attack.descents[min(stage, len(self._attack.descents) - 1)]
-            move = self._lbfgs if descent.method == "lbfgs" else self._adam
+            move = {"lbfgs": self._lbfgs, "cma": self._cma}.get(descent.method, self._adam)
             move(space, variables, descent, curves)
             x, labels, costs = self._judged(space, variables)
             images = x if images is None else images
-            better = costs < best
+            better = (costs < best) & ~(best <= self._attack.floor)
             images[better], found_labels[better], best[better] = x[better], labels[better], costs[better]
             following = space.advance(variables, self._labels)
             if following is None:
@@ -273,22 +295,32 @@ class _Search:
         self,
         space: Space,
         variables: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
         labels: Tensor,
         observed: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return a row's cost with priors, and D alone."""
-        x = space.decode(variables, labels)
+        x = space.decode({**variables, **fixed}, labels)
         targets = variables[LABELS].softmax(-1) if LABELS in variables else labels
         candidate, layers = self._gradient(parameters, buffers, x, targets)
-        distance = self._objective(candidate, observed) * self._attack.objective_scale
-        total = distance
+        distance = self._distance(candidate, observed) * self._attack.objective_scale
+        total = distance + space.penalty(variables)
         for prior in self._attack.priors:
             total = total + prior(x)
         if self._attack.statistics is not None:
             total = total + self._attack.statistics.of(layers)
         return total, distance
+
+    def _distance(self, candidate: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return D, the candidate treated as the client's defence is known to have treated the observed one."""
+        objective = self._objective
+        if self._attack.imitation == "mask":
+            objective = masked(objective, {n: (v != 0).to(v.dtype) for n, v in observed.items()})
+        elif self._attack.imitation == "sign":
+            candidate = {n: (v * SHARPNESS / _rms(v)).tanh() for n, v in candidate.items()}
+        return objective(candidate, observed)
 
     def _gradient(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, targets: Tensor
@@ -317,11 +349,11 @@ class _Search:
 
         computed = vmap(
             grad_and_value(functools.partial(self._cost, space), has_aux=True),
-            in_dims=(0, 0, 0, self._axis, self._axis),
+            in_dims=(0, 0, 0, 0, self._axis, self._axis),
             chunk_size=self._attack.chunk or None,
         )
         found, (_, distances) = computed(
-            variables, self._labels, self._observed, self._parameters, self._buffers
+            variables, space.fixed, self._labels, self._observed, self._parameters, self._buffers
         )
         self.evaluations += self._rows.count
         if self._attack.group:
@@ -330,7 +362,7 @@ class _Search:
 
     def _add_group(self, space: Space, variables: Variables, found: Variables) -> None:
         moving = {n: v.detach().requires_grad_() for n, v in variables.items()}
-        x = vmap(space.decode)(moving, self._labels)
+        x = vmap(space.decode)({**moving, **space.fixed}, self._labels)
         grouped = x.view(self._rows.victims, self._rows.restarts, *x.shape[1:])
         gap = group_gap(grouped, self._attack.group)
         gradients = torch.autograd.grad(gap, list(moving.values()), allow_unused=True)
@@ -368,7 +400,7 @@ class _Search:
         """Move every row by itself: a line search goes its own way in each."""
         for row in range(self._rows.count):
             own = {n: v[row].clone().requires_grad_() for n, v in variables.items()}
-            given = self._row(row)
+            given = ({n: v[row] for n, v in space.fixed.items()}, *self._row(row))
             optimizer = torch.optim.LBFGS(list(own.values()), lr=descent.lr)
             last = math.inf
 
@@ -395,9 +427,44 @@ class _Search:
                 variables[name][row] = value.detach()
 
     @torch.no_grad()
+    def _cma(self, space: Space, variables: Variables, descent: Descent, curves: list[list[float]]) -> None:
+        """Move every row by CMA-ES, whose candidates are computed together."""
+        cma = _library()
+        for row in range(self._rows.count):
+            own = {n: v[row] for n, v in variables.items()}
+            given = ({n: v[row] for n, v in space.fixed.items()}, *self._row(row))
+            sizes = [v.numel() for v in own.values()]
+
+            def unpacked(flat: Tensor, own: Variables = own, sizes: list[int] = sizes) -> Variables:
+                pieces = torch.split(flat, sizes, -1)
+                return {
+                    n: p.view(*flat.shape[:-1], *v.shape)
+                    for (n, v), p in zip(own.items(), pieces, strict=True)
+                }
+
+            cost = vmap(functools.partial(self._cost, space), in_dims=(0, *[None] * len(given)))
+            number = int(seeds.seed_sequence(self._seed, "cma", row).generate_state(1)[0]) or 1
+            start = torch.cat([v.flatten() for v in own.values()]).double().cpu().numpy()
+            search = cma.CMAEvolutionStrategy(
+                start, descent.lr, {"popsize": descent.population, "seed": number, "verbose": -9}
+            )
+            for step in range(descent.steps):
+                asked = search.ask()
+                stacked = torch.stack([torch.from_numpy(a) for a in asked]).float().to(self._device)
+                totals, distances = cost(unpacked(stacked), *given)
+                self.evaluations += len(asked)
+                search.tell(asked, totals.nan_to_num(nan=math.inf).tolist())
+                curves[row].append(float(distances.min()))
+                if self._watch is not None:
+                    self._watch(row * descent.steps + step + 1, self._rows.count * descent.steps)
+            best = torch.from_numpy(search.result.xbest).float().to(self._device)
+            for name, value in unpacked(best).items():
+                variables[name][row] = value
+
+    @torch.no_grad()
     def _judged(self, space: Space, variables: Variables) -> tuple[Tensor, Tensor, Tensor]:
         """Return the samples of all rows, clamped, their labels, and D there; what is not finite costs infinity."""
-        x = vmap(space.decode)(variables, self._labels)
+        x = vmap(space.decode)({**variables, **space.fixed}, self._labels)
         if len(self._rows.shape) == 3:
             x = clamped(x, self._rows.scale)
         labels = variables[LABELS].argmax(-1) if LABELS in variables else self._labels
@@ -405,7 +472,7 @@ class _Search:
         costs = []
         for row in range(self._rows.count):
             own = {"x": x[row], **({LABELS: variables[LABELS][row]} if LABELS in variables else {})}
-            _, distance = self._cost(judge, own, *self._row(row))
+            _, distance = self._cost(judge, own, {}, *self._row(row))
             costs.append(float(distance))
         self.evaluations += self._rows.count
         found = torch.tensor(costs).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -443,3 +510,18 @@ def _use_batch_statistics(module: nn.Module) -> None:
         if isinstance(layer, NORMS):
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
+def _rms(v: Tensor) -> Tensor:
+    """Return the root mean square, a constant for the derivative."""
+    return v.detach().square().mean().add(1e-24).sqrt()
+
+
+def _library() -> Any:
+    try:
+        import cma
+    except ImportError as error:
+        raise ConfigError(
+            "attack.method=cma searches with the package 'cma'; install flowerbed[attacks]."
+        ) from error
+    return cma

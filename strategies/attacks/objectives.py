@@ -7,6 +7,7 @@ that is 0 where they are equal. ``mask`` says by name which entries take part (N
 name         formula                                                             reference
 ===========  ==================================================================  =======================
 ``l2``       sum (u - v)^2                                                       Zhu et al. 2019 (DLG)
+``means``    mean over tensors of sum (u - v)^2                                  Li et al. 2022 (GGL)
 ``l1``       sum |u - v|
 ``cosine``   1 - <u, v> / (|u| |v|), one vector of all tensors                   Geiping et al. 2020
 ``layers``   mean over tensors of the same, each for itself                      Balunovic et al. 2022
@@ -35,6 +36,12 @@ TAG_SCALE = 0.1
 def l2(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
     """Return the squared distance."""
     return _total((candidate[n] - v).square().sum() for n, v in observed.items())
+
+
+@OBJECTIVES.register("means")
+def means(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over tensors of the squared distances."""
+    return l2(candidate, observed) / len(observed)
 
 
 @OBJECTIVES.register("l1")

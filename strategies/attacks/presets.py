@@ -7,68 +7,79 @@
 ``modern``           the same with a softened sign, cosine decay and a warm-up
 ``wang``             Wang et al. 2019: l2, TV with exponents, L-BFGS in the box
 ``gradinversion``    Yin et al. 2021: norms, TV, norm, batch statistics, group term, noise
-``tag``              Deng et al. 2021: l2 plus weighted l1, AdamW's step, clipped
+``tag``              Deng et al. 2021: l2 plus weighted l1, labels searched for, Adam, clipped
+``latent``           the latent code of a generator alone, cosine
+``ggl``              Li et al. 2022: the same by CMA-ES on l2, with a penalty on the code
+``gias``             Jeon et al. 2021: the latent code, then the generator's weights, cosine
+``gifd``             Fang et al. 2023: the latent code, then feature maps in l1 balls, cosine
 ===================  ==============================================================================
 
-Iterations are those of the papers; ``attack.steps`` makes them fit a budget.
+Iterations are those of the papers; ``attack.steps`` makes them fit a budget. The last four need a prior. Of a generator
+as small as ``gan32`` the feature maps have a few thousand values and not millions, and so have their l1 balls (GIFD's
+1000 to 8000 are BigGAN's).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
+from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Descent, Inversion
 from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
 from flowerbed.strategies.attacks.spaces import Pixels
 
-ATTACKS: Registry[Inversion] = Registry("attack")
+Preset = Callable[[Prior | None], Inversion]
+ATTACKS: Registry[Preset] = Registry("attack")
 
-ATTACKS.add(
-    "dlg",
+
+def _plain(attack: Inversion) -> None:
+    """Register an attack without a generator."""
+    ATTACKS.add(attack.name, lambda prior: attack)
+
+
+_plain(
     Inversion(
         "dlg",
         Pixels(boxed=False, labels=True),
         objective="l2",
         descents=(Descent(steps=300, lr=1.0, method="lbfgs"),),
-    ),
+    )
 )
-ATTACKS.add(
-    "idlg",
+_plain(
     Inversion(
         "idlg",
         Pixels(boxed=False),
         objective="l2",
         descents=(Descent(steps=300, lr=1.0, method="lbfgs"),),
         rule="idlg",
-    ),
+    )
 )
-ATTACKS.add(
-    "ig",
+_plain(
     Inversion(
         "ig",
         # 0.1 of the paper's code, where the two directions are summed and not averaged, is 0.2 here.
         priors=(TotalVariation(0.2),),
         descents=(Descent(steps=24_000, lr=0.1, sign="hard", schedule="steps"),),
-    ),
+    )
 )
-ATTACKS.add(
-    "modern",
+_plain(
     Inversion(
         "modern",
         priors=(TotalVariation(0.1, p=2.0, q=0.5),),
         descents=(Descent(steps=24_000, lr=0.1, sign="soft", schedule="cosine", warmup=50),),
-    ),
+    )
 )
-ATTACKS.add(
-    "wang",
+_plain(
     Inversion(
         "wang",
         objective="l2",
         priors=(TotalVariation(0.2352, p=2.0, q=1.25),),
         descents=(Descent(steps=400, lr=1.0, method="lbfgs"),),
-    ),
+    )
 )
-ATTACKS.add(
-    "gradinversion",
+_plain(
     Inversion(
         "gradinversion",
         objective="norms",
@@ -79,14 +90,73 @@ ATTACKS.add(
         descents=(Descent(steps=20_000, lr=0.1, schedule="cosine", warmup=50, noise=0.2),),
         rule="minimum",
         restarts=4,
-    ),
+    )
 )
-ATTACKS.add(
-    "tag",
+_plain(
     Inversion(
         "tag",
         Pixels(boxed=False, labels=True),
         objective="tag",
         descents=(Descent(steps=1000, lr=0.05, warmup=50, clip=1.0),),
-    ),
+    )
 )
+
+IMAGES = (TotalVariation(1e-4), Norm(1e-6))
+"""The weak terms on images that GIFD's code gives all generative attacks."""
+
+
+@ATTACKS.register("latent")
+def latent(prior: Prior | None) -> Inversion:
+    """Return the search of the latent code alone."""
+    return Inversion(
+        "latent",
+        Latent(_needed("latent", prior)),
+        priors=IMAGES,
+        descents=(Descent(steps=1000, lr=0.1, schedule="ilo"),),
+        restarts=4,
+    )
+
+
+@ATTACKS.register("ggl")
+def ggl(prior: Prior | None) -> Inversion:
+    """Return the gradient-free search of the latent code."""
+    return Inversion(
+        "ggl",
+        Latent(_needed("ggl", prior), kl=0.1),
+        objective="means",
+        descents=(Descent(steps=500, lr=1.0, method="cma", population=50),),
+    )
+
+
+@ATTACKS.register("gias")
+def gias(prior: Prior | None) -> Inversion:
+    """Return the search of the latent code, then of the generator's weights."""
+    return Inversion(
+        "gias",
+        Latent(_needed("gias", prior), weights=True),
+        priors=(TotalVariation(1e-6),),
+        descents=(Descent(steps=1000, lr=0.03), Descent(steps=5000, lr=1e-3, schedule="steps")),
+        restarts=4,
+    )
+
+
+@ATTACKS.register("gifd")
+def gifd(prior: Prior | None) -> Inversion:
+    """Return the search of the latent code, then of all feature maps but the image."""
+    found = _needed("gifd", prior)
+    return Inversion(
+        "gifd",
+        Latent(found, stages=found.generator.layers - 1, radii=(300.0, 600.0, 1200.0)),
+        priors=IMAGES,
+        descents=(Descent(steps=1000, lr=0.1, schedule="ilo"),),
+        restarts=4,
+    )
+
+
+def _needed(name: str, prior: Prior | None) -> Prior:
+    if prior is None:
+        raise ConfigError(
+            f"The attack '{name}' searches inside a generator; give attack.prior=FILE, a model.safetensors of "
+            "experiment=prior_fashion_mnist or of your own strategy=gan."
+        )
+    return prior

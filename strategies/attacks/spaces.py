@@ -56,11 +56,18 @@ class Rows:
 class Space(Protocol):
     """A search space."""
 
+    @property
+    def fixed(self) -> Variables:
+        """Tensors with one entry a row that ``decode`` finds among the variables and nothing moves."""
+
     def open(self, rows: Rows) -> Variables:
         """Return where the search begins."""
 
     def decode(self, variables: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """Return the samples of one row, ``(B, *shape)`` in the model's input space. Pure; works under ``vmap``."""
+
+    def penalty(self, variables: Mapping[str, Tensor]) -> Tensor:
+        """Return what one row's variables cost by themselves, a scalar. Pure."""
 
     def constrain(self, variables: Variables, rows: Rows) -> None:
         """Bring the variables of all rows back to where they are allowed, in place, after a step."""
@@ -79,6 +86,10 @@ class Pixels:
     """normal: standard normal values; uniform: pixels in [0, 1]; grey: pixels of 0.5."""
     labels: bool = False
     """Search for labels as well: B rows of logits, a soft target each (DLG)."""
+
+    @property
+    def fixed(self) -> Variables:
+        return {}
 
     def __post_init__(self) -> None:
         require(
@@ -99,6 +110,9 @@ class Pixels:
 
     def decode(self, variables: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         return variables[X]
+
+    def penalty(self, variables: Mapping[str, Tensor]) -> Tensor:
+        return variables[X].new_zeros(())
 
     def constrain(self, variables: Variables, rows: Rows) -> None:
         if self.boxed and len(rows.shape) == 3:

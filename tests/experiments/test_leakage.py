@@ -175,14 +175,13 @@ def test_the_command_writes_what_it_found(run: Path, capsys: pytest.CaptureFixtu
 
 
 def test_poisoned_truth_changes_no_reconstruction(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = attacking.composed("ig", {"steps": 5})
-    honest = attacking.attack_run(run, attack, rounds=[1])
+    honest = attacking.attack_run(run, "ig", {"steps": 5}, rounds=[1])
 
     def poisoned(parts: object, client: int, round_: int) -> Truth:
         return Truth(torch.zeros(2, 1, 8, 8), torch.tensor([9, 9]), torch.tensor([0, 1]))
 
     monkeypatch.setattr(attacking, "truth_of", poisoned)
-    again = attacking.attack_run(run, attack, rounds=[1])
+    again = attacking.attack_run(run, "ig", {"steps": 5}, rounds=[1])
     for a, b in zip(honest.victims, again.victims, strict=True):
         assert torch.equal(a.found.x, b.found.x)
         assert torch.equal(a.found.labels, b.found.labels)
@@ -190,8 +189,7 @@ def test_poisoned_truth_changes_no_reconstruction(run: Path, monkeypatch: pytest
 
 
 def test_granted_labels_reach_the_attack(run: Path) -> None:
-    attack = attacking.composed("ig", {"steps": 1})
-    found = attacking.attack_run(run, attack, grant=["labels", "surrogate"])
+    found = attacking.attack_run(run, "ig", {"steps": 1}, grant=["labels", "surrogate"])
     assert len(found.victims) == 4
     assert all(torch.equal(v.found.labels, v.truth.y) for v in found.victims)
 
@@ -199,6 +197,8 @@ def test_granted_labels_reach_the_attack(run: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (["attack=gifd"], "give attack.prior=FILE"),
+        (["attack=gifd", "attack.prior=nowhere"], "attack.prior=nowhere cannot be read"),
         (["attack=ig2"], "Unknown attack 'ig2'"),
         (["attack.stepz=3"], "Unknown option of attack 'ig' 'stepz'"),
         (["model=mlp"], "is no setting of an attack"),
