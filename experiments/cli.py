@@ -33,7 +33,7 @@ examples:
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
-LISTS = ("models", "strategies", "datasets", "partitions", "encoders")
+LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
 BENCHMARKS = ("overhead", "speed", "scale")
 
 
@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
     )
-    listing = commands.add_parser("list", help="list models, strategies, datasets, partitions or encoders")
+    listing = commands.add_parser(
+        "list", help="list models, strategies, datasets, partitions, encoders or defences"
+    )
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "pattern", nargs="?", default="*", help="glob on the names, e.g. 'resnet*' or 'timm:*'"

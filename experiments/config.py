@@ -27,6 +27,7 @@ IDENTITY = (
     "initial",
     "federation",
     "local",
+    "defence",
     "privacy",
     "byzantine",
     "secure",
@@ -248,6 +249,7 @@ class Simulation:
     initial: InitialParams = field(default_factory=InitialParams)
     federation: FederationParams = field(default_factory=FederationParams)
     local: LocalParams = field(default_factory=LocalParams)
+    defence: Choice = Choice("none")
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
@@ -309,6 +311,8 @@ class Simulation:
                 plain[section].pop(key)
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
+        if self.defence.name == "none":
+            plain.pop("defence")
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -329,7 +333,7 @@ SECTIONS: dict[str, type] = {
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "encoder", "model")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence")
 
 
 def _section(key: str, value: Any) -> Any:

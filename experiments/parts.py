@@ -168,6 +168,7 @@ def completed(simulation: Simulation) -> Simulation:
         partition=whole("partition", simulation.partition),
         encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
+        defence=whole("defence", simulation.defence),
     )
 
 

@@ -11,13 +11,14 @@ import torch
 
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.byzantine import attack_transforms, byzantine_clients, make_trigger
+from flowerbed.clients.defences import DEFENCES, Defence
 from flowerbed.clients.privacy import LocalPrivacy
 from flowerbed.clients.secure import SecureMasking
 from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
 from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import require
-from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
@@ -36,14 +37,24 @@ OBSERVATIONS = "observations"
 def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientTransform, ...]:
     """Return every client's transforms: what byzantine clients forge need not keep to the privacy of honest ones.
 
-    Masks come last, around whatever is sent.
+    Defences come first, so that privacy holds for what is sent, masks come last, around whatever is sent.
     """
     privacy, byzantine = simulation.privacy, simulation.byzantine
     members = byzantine_clients(byzantine, simulation.federation.clients, simulation.seed)
+    defended = simulation.defence.name != "none"
+    defence = (build_defence(simulation.defence),) if defended else ()
     honest = (LocalPrivacy(privacy.clip, privacy.noise),) if privacy.mode == "local" else ()
     attack = attack_transforms(byzantine, members, dataset, simulation.seed)
     masking = (SecureMasking(simulation.secure),) if simulation.secure.enabled else ()
-    return (*honest, *attack, *masking)
+    return (*defence, *honest, *attack, *masking)
+
+
+def build_defence(choice: Choice) -> Defence:
+    """Return the defence of that name, or import path, with its options."""
+    kind = DEFENCES.get(choice.name)
+    found = build(kind, choice.options, "defence")
+    assert isinstance(found, Defence)
+    return found
 
 
 def server_transforms(

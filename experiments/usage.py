@@ -33,7 +33,7 @@ Flags
   --hydra-help       Hydra's other flags (--info, --shell-completion, ...)
 
 Your own strategy, data set, partition or model is named by import path, package.module:Name, with the
-current directory on the path. The options of others: flowerbed list models|strategies|datasets|partitions|encoders,
+current directory on the path. The options of others: flowerbed list models|strategies|datasets|partitions|encoders|defences,
 or: flowerbed simulate strategy=NAME --help
 """
 EXPERIMENT = "experiment"

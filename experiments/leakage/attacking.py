@@ -15,10 +15,11 @@ from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.experiments import run_directory
+from flowerbed.experiments.config import Choice
 from flowerbed.experiments.leakage import scoring
 from flowerbed.experiments.leakage.truth import Truth, truth_of
 from flowerbed.experiments.parts import Parts, build_parts
-from flowerbed.experiments.transforms import OBSERVATIONS
+from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
 from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Descent, Inversion, Watch
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
@@ -51,6 +52,9 @@ class Attacked:
     nulls: Mapping[str, Sequence[float]]
     seed: int
     granted: tuple[str, ...]
+    defence: Choice
+    adaptive: bool
+    """Whether the attacker knew of the defence."""
 
     def summary(self) -> dict[str, scoring.Summary]:
         """Return every figure over all victims' samples, and the null models' PSNR."""
@@ -112,14 +116,16 @@ def attack_run(
     clients: Collection[int] | None = None,
     rounds: Collection[int] | None = None,
     grant: Collection[str] = (),
+    adaptive: bool = False,
     normalisation: str = "eval",
     device: str = "auto",
     watch: Watch | None = None,
 ) -> Attacked:
     """Attack the observations of a run and score what was found.
 
-    ``name`` and ``options`` are those of ``composed``; the option ``prior`` names the file of a generator. Raises
-    ``ConfigError`` where nothing was observed, an attack is not possible, or data is no images.
+    ``name`` and ``options`` are those of ``composed``; the option ``prior`` names the file of a generator. An
+    ``adaptive`` attacker knows the run's defence and repeats it on its candidates as far as it can; an oblivious one
+    does not. Raises ``ConfigError`` where nothing was observed, an attack is not possible, or data is no images.
     """
     directory = Path(directory)
     simulation = run_directory.load_simulation(directory)
@@ -151,6 +157,9 @@ def attack_run(
     prior = None
     if (path := asked.pop("prior", None)) is not None:
         prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
+    if adaptive:
+        defence = build_defence(parts.simulation.defence)
+        asked = {"imitation": defence.imitation, "floor": defence.floor, **asked}
     attack = composed(name, asked, prior)
     truths = [truth_of(parts, o.client, o.round) for o in chosen]
     sides = [replace(side, labels=truth.y) if "labels" in grant else side for truth in truths]
@@ -163,7 +172,17 @@ def attack_run(
         victims.append(Victim(observation, truth, made, marks))
         for null, values in scoring.nulls(truth, scale, pool, simulation.seed).items():
             references.setdefault(null, []).extend(values)
-    return Attacked(attack, directory, victims, scale, references, simulation.seed, tuple(grant))
+    return Attacked(
+        attack,
+        directory,
+        victims,
+        scale,
+        references,
+        simulation.seed,
+        tuple(grant),
+        parts.simulation.defence,
+        adaptive,
+    )
 
 
 def _wanted(

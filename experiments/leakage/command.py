@@ -48,6 +48,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         options,
         clients=None if asked.clients is None else whole_numbers(asked.clients, "--clients"),
         rounds=None if asked.rounds is None else whole_numbers(asked.rounds, "--rounds"),
+        adaptive=asked.adaptive,
         grant=() if asked.grant is None else asked.grant.split(","),
         normalisation=asked.normalisation,
         device=asked.device,
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", metavar="N[,N]", help="of the observed ones")
     parser.add_argument(
         "--grant", metavar="NAME[,NAME]", help=f"what the attacker knows beside: {', '.join(GRANTS)}"
+    )
+    parser.add_argument(
+        "--adaptive", action="store_true", help="the attacker knows the run's defence and imitates it"
     )
     parser.add_argument(
         "--normalisation",

@@ -49,6 +49,8 @@ def plain(made: Attacked, options: Mapping[str, Any]) -> dict[str, Any]:
         "options": dict(options),
         "run": str(made.directory),
         "granted": list(made.granted),
+        "defence": made.defence.plain(),
+        "adaptive": made.adaptive,
         "seed": made.seed,
         "summary": {name: asdict(value) for name, value in made.summary().items()},
         "victims": [_victim(victim) for victim in made.victims],
@@ -93,6 +95,7 @@ def markdown(made: Attacked) -> str:
     granted = f" Granted: {', '.join(made.granted)}." if made.granted else ""
     parts = [
         f"# Attack '{made.attack.name}'",
+        f"Defence: {made.defence.name}; the attacker {'knows' if made.adaptive else 'does not know'} of it.",
         f"{len(made.victims)} updates of {samples} samples; {spent:,} gradients, {seconds:.1f} s.{granted}",
         "Worst is the sample that leaked most. A null model uses no gradient: an attack below it shows nothing.",
         "\n".join(
