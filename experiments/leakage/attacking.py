@@ -20,8 +20,9 @@ from flowerbed.experiments.leakage import scoring
 from flowerbed.experiments.leakage.truth import Truth, truth_of
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
+from flowerbed.strategies.attacks.descents import Descent, Watch
 from flowerbed.strategies.attacks.generative import Latent, Prior
-from flowerbed.strategies.attacks.inversion import Descent, Inversion, Watch
+from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
 from flowerbed.strategies.attacks.observer import stems
 from flowerbed.strategies.attacks.presets import ATTACKS

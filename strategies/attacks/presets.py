@@ -25,8 +25,9 @@ from collections.abc import Callable
 
 from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
+from flowerbed.strategies.attacks.descents import Descent
 from flowerbed.strategies.attacks.generative import Latent, Prior
-from flowerbed.strategies.attacks.inversion import Descent, Inversion
+from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
 from flowerbed.strategies.attacks.spaces import Pixels
 

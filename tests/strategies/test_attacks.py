@@ -23,7 +23,9 @@ from flowerbed.experiments.simulation import run_simulation
 from flowerbed.models.base import ModelSpec
 from flowerbed.strategies import attacks
 from flowerbed.strategies.attacks import labels, objectives
-from flowerbed.strategies.attacks.inversion import Descent, Inversion
+from flowerbed.strategies.attacks.candidates import update
+from flowerbed.strategies.attacks.descents import Descent
+from flowerbed.strategies.attacks.inversion import Inversion, moved_back, steps_of
 from flowerbed.strategies.attacks.observation import Gradient, Observation, SideInfo, gradient_of, why_inexact
 from flowerbed.strategies.attacks.observer import name_of
 from flowerbed.strategies.attacks.presets import ATTACKS
@@ -176,6 +178,65 @@ def test_no_attack_can_name_the_truth() -> None:
             if isinstance(node, ast.ImportFrom):
                 assert "experiments" not in str(node.module), path
                 assert not str(node.module).startswith("flowerbed.datasets.sources"), path
+
+
+# Several local steps.
+
+
+def local_steps(x: Tensor, y: Tensor, local: LocalParams, spec: ModelSpec = SIGMOID) -> Observation:
+    """Return what comes back from plain epochs of torch's SGD over the samples in their order."""
+    module = spec.build(0).train()
+    sent = {n: v.detach().clone() for n, v in module.state_dict().items()}
+    optimizer = torch.optim.SGD(
+        module.parameters(),
+        local.lr,
+        local.momentum,
+        weight_decay=local.weight_decay,
+        nesterov=local.nesterov,
+    )
+    for _ in range(local.epochs):
+        for rows in torch.split(torch.arange(len(y)), local.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(module(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    returned = {n: v.detach().clone() for n, v in module.state_dict().items()}
+    return Observation(0, 1, spec, sent, returned, len(y))
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        LocalParams(lr=0.1, batch_size=2),
+        LocalParams(lr=0.1, batch_size=2, epochs=2, momentum=0.9, weight_decay=0.01),
+        LocalParams(lr=0.1, batch_size=2, epochs=2, momentum=0.9, nesterov=True),
+    ],
+)
+def test_imitated_steps_are_those_of_torch(local: LocalParams) -> None:
+    x, y = images(5), torch.tensor([0, 1, 2, 3, 1])
+    observation = local_steps(x, y, local)
+    side = SideInfo(local=local, scale=SCALE)
+    steps = steps_of(observation, side, 5)
+    assert (steps.sizes, steps.count) == ((2, 2, 1), 3 * local.epochs)
+    module = observation.module()
+    found, _ = update(module, dict(module.named_parameters()), {}, x, y, steps)
+    for name, value in moved_back(observation).items():
+        torch.testing.assert_close(found[name].detach(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_several_steps_are_attacked_and_counted() -> None:
+    x, y = images(4), torch.tensor([0, 1, 2, 3])
+    local = LocalParams(lr=0.05, batch_size=2)
+    case = (local_steps(x, y, local), SideInfo(local=local, scale=SCALE))
+    attack = Inversion("mine", descents=(Descent(steps=60, sign="hard", schedule="steps"),))
+    (found,) = attack.run([case])
+    assert found.curve[-1] < 0.5 * found.curve[0]
+    assert found.evaluations == 2 * 61, "two local steps for each candidate"
+    assert found.labels.sort().values.tolist() == [0, 1, 2, 3]
+    part = LocalParams(lr=0.05, batch_size=1, steps=2)
+    with pytest.raises(ConfigError, match="a part of the client's samples"):
+        attack.run([(case[0], SideInfo(local=part))])
+    with pytest.raises(ConfigError, match="only plain steps of SGD"):
+        attack.run([(case[0], SideInfo(local=LocalParams(optimizer="adam", batch_size=2)))])
 
 
 # Objectives and priors.

@@ -17,8 +17,9 @@ from torch import Tensor
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.generators import Gan, Generator
+from flowerbed.strategies.attacks.descents import Descent
 from flowerbed.strategies.attacks.generative import FeatureMaps, H, Latent, Prior, Weights, Z, onto_l1_ball
-from flowerbed.strategies.attacks.inversion import Descent, Inversion
+from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.presets import ATTACKS
 from flowerbed.strategies.attacks.spaces import Rows
 
