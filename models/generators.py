@@ -174,3 +174,8 @@ def gan32(
         raise ConfigError(f"Model 'gan32' makes images of {SIDE}x{SIDE}, not {sides[0]}x{sides[1]}.")
     require_at_least_one("gan32", latent=latent, embedding=embedding, width=width)
     return Gan(channels, num_classes, latent, embedding, width)
+
+
+def gan32_wide(input_shape: Shape, num_classes: int) -> Gan:
+    """Return ``gan32`` with 128 latent values and four times the width, for a GPU: 1.5 million generator parameters."""
+    return gan32(input_shape, num_classes, latent=128, width=64)

@@ -11,7 +11,16 @@ from torch import nn
 
 from flowerbed import seeds
 from flowerbed.errors import ConfigError, unknown_name
-from flowerbed.models import cnn, dense, foreign, generators, mobilenet, recurrent, resnet, transformer
+from flowerbed.models import (
+    cnn,
+    dense,
+    foreign,
+    imprint,
+    mobilenet,
+    recurrent,
+    resnet,
+    transformer,
+)
 from flowerbed.models.base import Builder, Net, Shape
 from flowerbed.registry import Registry
 
@@ -36,7 +45,7 @@ _BUILDERS: dict[str, Builder] = {
     "gpt_tiny": transformer.gpt_tiny,
     "char_lstm": recurrent.char_lstm,
     "char_gru": recurrent.char_gru,
-    "gan32": generators.gan32,
+    "imprinted": imprint.imprinted,
 }
 for _name, _builder in _BUILDERS.items():
     MODELS.add(_name, _builder)

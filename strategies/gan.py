@@ -10,8 +10,8 @@ discriminator D, then the generator G moves:
 with Adam, D at ``critic`` times the learning rate of G. What is delivered beside both is the running average of G's
 weights, with decay ``ema`` a step; its normalisation uses G's own running statistics.
 
-The model is one with ``generator``, ``discriminator`` and ``average``, such as ``gan32``. With several clients all
-three are averaged (FedAvg); momentum stays at the client with ``local.persist=true``.
+The model is one with ``generator``, ``discriminator`` and ``average``, such as ``flowerbed.models.generators:gan32``.
+With several clients all three are averaged (FedAvg); momentum stays at the client with ``local.persist=true``.
 
 Adam's beta_1 is that of ``local.momentum``; GANs want none, and since 0 there means torch's 0.9, give 1e-8.
 """
@@ -38,6 +38,7 @@ from flowerbed.models.tasks import Task
 from flowerbed.strategies.base import STRATEGIES, Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
 
+MODEL_PATH = "flowerbed.models.generators:gan32"
 LATENT, SCALE = "latent", "scale"
 CRITIC, AVERAGE = "discriminator.", "average."
 
@@ -137,7 +138,9 @@ def framed(x: Tensor, scale: Scale) -> Tensor:
 def gan_of(model: ModelParts) -> Gan:
     """Return the model; raises ``ConfigError`` if it is no GAN."""
     if not isinstance(model.module, Gan):
-        raise ConfigError(f"strategy=gan trains a GAN, not {type(model.module).__name__}; set model=gan32.")
+        raise ConfigError(
+            f"strategy=gan trains a GAN, not {type(model.module).__name__}; set model={MODEL_PATH}."
+        )
     return model.module
 
 
@@ -152,5 +155,5 @@ class FedGan(FedAvg):
         super().setup(setting)
         require(
             any(name.startswith(AVERAGE) for name in setting.info.roles),
-            "strategy=gan trains generator and discriminator; set model=gan32.",
+            f"strategy=gan trains generator and discriminator; set model={MODEL_PATH}.",
         )

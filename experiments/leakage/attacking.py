@@ -20,12 +20,13 @@ from flowerbed.experiments.leakage import scoring
 from flowerbed.experiments.leakage.truth import Truth, truth_of
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
+from flowerbed.strategies.attacks.analytic import ReadOut
 from flowerbed.strategies.attacks.descents import Descent, Watch
 from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
 from flowerbed.strategies.attacks.observer import stems
-from flowerbed.strategies.attacks.presets import ATTACKS
+from flowerbed.strategies.attacks.presets import ATTACKS, Attack
 from flowerbed.strategies.attacks.priors import TotalVariation
 
 GRANTS = ("labels", "surrogate")
@@ -46,7 +47,7 @@ class Victim:
 class Attacked:
     """An attack on several victims of a run."""
 
-    attack: Inversion
+    attack: Attack
     directory: Path
     victims: Sequence[Victim]
     scale: Scale
@@ -72,7 +73,7 @@ class Attacked:
         }
 
 
-def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Inversion:
+def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Attack:
     """Return a preset with some of its constants replaced.
 
     ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor), of ``Descent``
@@ -80,6 +81,10 @@ def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) 
     ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
     """
     attack = ATTACKS.get(name)(prior)
+    if isinstance(attack, ReadOut):
+        for key in options:
+            require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
+        return replace(attack, **options)
     own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
     moving = tuple(f.name for f in fields(Descent))
     inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()
@@ -158,10 +163,10 @@ def attack_run(
     prior = None
     if (path := asked.pop("prior", None)) is not None:
         prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
-    if adaptive:
-        defence = build_defence(parts.simulation.defence)
-        asked = {"imitation": defence.imitation, "floor": defence.floor, **asked}
     attack = composed(name, asked, prior)
+    if adaptive and isinstance(attack, Inversion):
+        defence = build_defence(parts.simulation.defence)
+        attack = composed(name, {"imitation": defence.imitation, "floor": defence.floor, **asked}, prior)
     truths = [truth_of(parts, o.client, o.round) for o in chosen]
     sides = [replace(side, labels=truth.y) if "labels" in grant else side for truth in truths]
     found = attack.run(list(zip(chosen, sides, strict=True)), seed=simulation.seed, device=where, watch=watch)

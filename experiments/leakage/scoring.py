@@ -6,6 +6,7 @@ samples one to one, by least total squared error.
 ==============  ================================================================================================
 ``mse``         mean squared error
 ``psnr``        -10 log10 mse in dB, at most ``MOST_PSNR``
+``hit``         whether psnr is at least ``HIT``: a copy
 ``ssim``        Wang et al. 2004: Gaussian window of 11 and 1.5, K 0.01 and 0.03, range 1, mean over channels
 ``labels``      1 - sum_c |n_c - n^_c| / 2B: the share of labels found, whatever their order
 ``top-1``       whether no other training image of the class is nearer to the reconstruction than the true one
@@ -33,6 +34,7 @@ from flowerbed.strategies.attacks.observation import Reconstruction
 
 MOST_PSNR = 100.0
 """What an image without error scores: beyond it float32 says nothing."""
+HIT = 30.0
 WINDOW, SIGMA = 11, 1.5
 RESAMPLES = 2000
 
@@ -134,6 +136,7 @@ def score(
     order = matched(made, true)
     ordered = made[list(order)]
     figures = {"mse": mse(ordered, true), "psnr": psnr(ordered, true), "ssim": ssim(ordered, true)}
+    figures["hit"] = (figures["psnr"] >= HIT).double()
     if model is not None:
         with torch.no_grad():
             gap = model.eval()(found.x[list(order)]) - model(truth.x)

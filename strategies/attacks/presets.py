@@ -8,6 +8,8 @@
 ``wang``             Wang et al. 2019: l2, TV with exponents, L-BFGS in the box
 ``gradinversion``    Yin et al. 2021: norms, TV, norm, batch statistics, group term, noise
 ``tag``              Deng et al. 2021: l2 plus weighted l1, labels searched for, Adam, clipped
+``readout``          the input of a first linear layer, divided out of its gradient
+``imprint``          Fowl et al. 2022 (Robbing the Fed): the bins of an imprint layer
 ``latent``           the latent code of a generator alone, cosine
 ``ggl``              Li et al. 2022: the same by CMA-ES on l2, with a penalty on the code
 ``gias``             Jeon et al. 2021: the latent code, then the generator's weights, cosine
@@ -25,17 +27,19 @@ from collections.abc import Callable
 
 from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
+from flowerbed.strategies.attacks.analytic import BINS, READOUT, ReadOut
 from flowerbed.strategies.attacks.descents import Descent
 from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
 from flowerbed.strategies.attacks.spaces import Pixels
 
-Preset = Callable[[Prior | None], Inversion]
+Attack = Inversion | ReadOut
+Preset = Callable[[Prior | None], Attack]
 ATTACKS: Registry[Preset] = Registry("attack")
 
 
-def _plain(attack: Inversion) -> None:
+def _plain(attack: Attack) -> None:
     """Register an attack without a generator."""
     ATTACKS.add(attack.name, lambda prior: attack)
 
@@ -101,6 +105,9 @@ _plain(
         descents=(Descent(steps=1000, lr=0.05, warmup=50, clip=1.0),),
     )
 )
+
+_plain(READOUT)
+_plain(BINS)
 
 IMAGES = (TotalVariation(1e-4), Norm(1e-6))
 """The weak terms on images that GIFD's code gives all generative attacks."""

@@ -58,6 +58,7 @@ CASES = {
     "pfl_cnn": Case(),
     "small_cnn": Case((1, 8, 8)),
     "strided_cnn": Case((1, 8, 8)),
+    "imprinted": Case((1, 8, 8), {"bins": 6}),
     "resnet8": Case(options={"shortcut": "B"}),
     "resnet20": Case(options={"norm": "gn", "groups": 4}),
     "resnet32": Case(),

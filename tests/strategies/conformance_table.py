@@ -78,7 +78,12 @@ CASES = {
         Case(
             "gan",
             settings={
-                "model": {"name": "gan32", "latent": 4, "embedding": 3, "width": 2},
+                "model": {
+                    "name": "flowerbed.models.generators:gan32",
+                    "latent": 4,
+                    "embedding": 3,
+                    "width": 2,
+                },
                 "local": {"optimizer": "adam", "momentum": 1e-8, "lr": 0.001},
             },
             one_client_is_central=False,
