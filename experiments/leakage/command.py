@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from flowerbed.errors import ConfigError
+from flowerbed.errors import require
 from flowerbed.experiments.composition import import_from_current_directory, whole_numbers
-from flowerbed.experiments.leakage import report
+from flowerbed.experiments.leakage import matrix, matrix_report, report
 from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run
 from flowerbed.strategies.attacks.presets import ATTACKS
 
@@ -28,6 +26,9 @@ then:
   flowerbed attack runs/watched attack=gifd attack.prior=runs/prior/model.safetensors
   flowerbed attack runs/watched attack=ig attack.steps=8000 attack.tv=0.01 --grant labels
 
+A matrix of attacks, defences and states of the model is one file (flowerbed.experiments.leakage.matrix says how):
+  flowerbed attack matrix=leakage.yaml --out runs/leakage
+
 Only one plain local step gives a gradient; the tool says where an update is none.
 Exit codes: 0 done, 2 it could not start as asked, 130 interrupted.
 """
@@ -40,10 +41,17 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     """Attack what the command line ``arguments`` asks for; return the exit code."""
     asked = _parser().parse_intermixed_args(list(arguments))
     import_from_current_directory()
-    name, options = read(asked.settings)
+    settings = [text for text in asked.words if "=" in text]
+    directories = [Path(text) for text in asked.words if "=" not in text]
+    matrices = [text for text in settings if text.startswith("matrix=")]
+    if matrices:
+        further = [text for text in settings if text not in matrices]
+        return _matrix(Path(matrices[-1].removeprefix("matrix=")), further, asked.out, as_json)
+    require(len(directories) == 1, "Name the directory of one run, or give matrix=FILE.yaml.")
+    name, options = read(settings)
     watch = None if as_json or not sys.stderr.isatty() else _progress
     made = attack_run(
-        asked.directory,
+        directories[0],
         name,
         options,
         clients=None if asked.clients is None else whole_numbers(asked.clients, "--clients"),
@@ -54,7 +62,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         device=asked.device,
         watch=watch,
     )
-    files = report.write(made, asked.out or asked.directory / "attacks" / name, options)
+    files = report.write(made, asked.out or directories[0] / "attacks" / name, options)
     if as_json:
         print(json.dumps(report.plain(made, options)))
     else:
@@ -62,17 +70,24 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     return 0
 
 
+def _matrix(path: Path, further: Sequence[str], out: Path | None, as_json: bool) -> int:
+    """Make a matrix and show it."""
+    plan = matrix.read_plan(path, further)
+    out = out or Path("runs/matrix")
+    cells = matrix.run_matrix(plan, out, lambda text: print(text, file=sys.stderr, flush=True))
+    files = matrix_report.write(cells, out)
+    if as_json:
+        print(json.dumps(matrix_report.plain(cells)))
+    else:
+        print(matrix_report.markdown(cells))
+        print(f"files: {', '.join(map(str, files))}")
+    return 0
+
+
 def read(settings: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the attack's name and its options from ``attack=NAME`` and ``attack.KEY=VALUE``."""
-    name, options = DEFAULT, {}
-    for text in settings:
-        key, found, value = text.partition("=")
-        if not found or not (key == "attack" or key.startswith("attack.")):
-            raise ConfigError(f"'{text}' is no setting of an attack; write attack=NAME or attack.KEY=VALUE.")
-        if key == "attack":
-            name = value
-        else:
-            options[key.removeprefix("attack.")] = yaml.safe_load(value)
+    """Return the attack's name and its options, those of the default attack where none is named."""
+    name, options = matrix.attack_settings(settings)
+    name = name or DEFAULT
     if name == DEFAULT:
         options = {"steps": STEPS, **options}
     return name, options
@@ -85,12 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, metavar="RUN", help="the directory of a run")
     parser.add_argument(
-        "settings",
+        "words",
         nargs="*",
-        metavar="KEY=VALUE",
-        help=f"attack={'|'.join(ATTACKS)}, attack.steps=N, attack.tv=WEIGHT, attack.restarts=N, ...",
+        metavar="RUN|KEY=VALUE",
+        help=f"the directory of a run; attack={'|'.join(ATTACKS)}, attack.steps=N, attack.tv=WEIGHT, ...",
     )
     parser.add_argument("--clients", metavar="N[,N]", help="of the observed ones")
     parser.add_argument("--rounds", metavar="N[,N]", help="of the observed ones")

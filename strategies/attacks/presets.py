@@ -109,6 +109,10 @@ _plain(
 _plain(READOUT)
 _plain(BINS)
 
+WITHOUT_SEARCH = frozenset({"readout", "imprint"})
+"""Attacks that have no candidates, hence nothing to repeat a defence on."""
+STAGED = frozenset({"gias", "gifd"})
+"""Attacks of several stages, which an expected distance ends."""
 IMAGES = (TotalVariation(1e-4), Norm(1e-6))
 """The weak terms on images that GIFD's code gives all generative attacks."""
 
