@@ -139,8 +139,8 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v, c = self.gates(self.condition.seen()).chunk(2, -1)
-        y: Tensor = self.plain(x)
-        return y + v * F.linear(x, self.response.weight) + c * self.response.bias
+        found: Tensor = self.plain(x) + v * F.linear(x, self.response.weight) + c * self.response.bias
+        return found
 
 
 class GatedConv2d(nn.Module):
@@ -163,9 +163,10 @@ class GatedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v, c = self.gates(self.condition.seen())[..., None, None].chunk(2, 1)
-        one, y = self.response, self.plain(x)
-        y = y + v * F.conv2d(x, one.weight, None, one.stride, one.padding)
-        found: Tensor = y + c * one.bias[:, None, None]
+        one = self.response
+        assert one.bias is not None
+        response = v * F.conv2d(x, one.weight, None, one.stride, one.padding)
+        found: Tensor = self.plain(x) + response + c * one.bias[:, None, None]
         return found
 
 

@@ -425,7 +425,7 @@ def central(simulation: Simulation) -> Tensors:
             loss = F.cross_entropy(net(x[chosen]), y[chosen])
         if level:
             loss = loss - asked.tau * entropy(net)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         streams[level] = torch.get_rng_state()
         optimizer.step()
 
@@ -451,15 +451,15 @@ def learning_to_regularise(made: Reproduction) -> Figure:
         rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
         figures.line(rates, rounds, [[curve[r] for curve in curves] for r in rounds], name, place)
     figures.finish(rates, "epoch", "hyperparameter of STN")
-    highest = 0.0
+    lowest = []
     for place, arm in enumerate(a for a in made.arms if not a.startswith("ridge")):
         curves = [dict(outcome.curves.get("train:validation-loss", ())) for outcome in made.of(arm)]
         rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
         figures.line(losses, rounds, [[curve[r] for curve in curves] for r in rounds], arm, place)
-        highest = max(
-            highest, *(curve[r] for curve in curves for r in rounds[len(rounds) // 6 : -1 or None]), 0
-        )
-    losses.set_ylim(top=highest or None)
+        lowest += [min(curve.values()) for curve in curves if curve]
+    if lowest:
+        # Where the arms differ: the first epochs and the worst overfitting lie above.
+        losses.set_ylim(0.95 * min(lowest), 2 * min(lowest))
     figures.finish(losses, "epoch", "validation loss")
     arms = [arm for arm in made.arms if arm.startswith("ridge")]
     for place, arm in enumerate(arms):
