@@ -385,10 +385,9 @@ def at_best(finished: Finished) -> dict[str, float]:
 
 def best_of_grid(runs: Mapping[str, Finished]) -> dict[str, dict[str, float]]:
     """Return for STN the losses of the fixed run that is best by validation, of the same seed."""
-    grid = [runs[arm].values for arm in FIXED if arm in runs]
-    if "stn" not in runs or not grid:
+    if not runs.keys() >= {"stn", *FIXED}:
         return {}
-    best = min(grid, key=lambda values: values[BEST])
+    best = min((runs[arm].values for arm in FIXED), key=lambda values: values[BEST])
     return {"stn": {"grid-validation-loss": best[BEST], "grid-test-loss": best[AT_BEST]}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,17 @@ from flowerbed.datasets.augment import PIXELS
 from flowerbed.errors import ClientError, ConfigError
 from flowerbed.experiments.measures import Measured
 from flowerbed.experiments.papers.stn import (
+    AT_BEST,
+    BEST,
+    FIXED,
     HYPER,
     LAMBDAS,
     SCALE,
     SPREAD,
     StnHalf,
     StnParams,
+    at_best,
+    best_of_grid,
     diabetes,
     entropy,
     exact_response,
@@ -35,10 +41,12 @@ from flowerbed.experiments.papers.stn import (
     responses,
     validation_loss,
 )
+from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.gated import Conditioned, GatedLinear
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
+from flowerbed.server.callbacks import SERVER, Record
 
 STN = "flowerbed.experiments.papers.stn:Stn"
 MLP = "flowerbed.models.gated_nets:dropout_mlp"
@@ -355,3 +363,34 @@ def test_models_without_gates_or_hyperparameters_are_refused() -> None:
         StnHalf(StnParams()).run(opened({"gated": False}))
     with pytest.raises(ClientError, match="no hyperparameters"):
         StnHalf(StnParams()).run(worlds.open_round(LocalParams(batch_size=4)))
+
+
+def finished(arm: str, **values: float) -> Finished:
+    return Finished(arm, 0, Path("nowhere"), values)
+
+
+def test_the_best_of_the_grid_is_that_by_validation_and_the_grid_must_be_whole() -> None:
+    """Its test loss is that of the same run, not the best one."""
+    runs = {
+        arm: finished(arm, **{BEST: 0.5 + abs(i - 2) / 10, AT_BEST: 0.9 - i / 100})
+        for i, arm in enumerate(FIXED)
+    }
+    assert best_of_grid(runs) == {}
+    runs["stn"] = finished("stn", **{BEST: 0.1, AT_BEST: 0.1})
+    assert best_of_grid(runs) == {"stn": {"grid-validation-loss": 0.5, "grid-test-loss": pytest.approx(0.88)}}
+    del runs["fixed-4"]
+    assert best_of_grid(runs) == {}
+
+
+def test_figures_are_those_of_the_best_validation_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = []
+    for round_, (valid, tested) in enumerate([(0.9, 0.8), (0.5, 0.6), (0.7, 0.4)], start=1):
+        records += [
+            Record(round_, "train", {"validation-loss": valid}),
+            Record(round_, SERVER, {"loss": tested, "accuracy": 0.7}),
+        ]
+    monkeypatch.setattr(Finished, "records", property(lambda self: records))
+    found = at_best(finished("stn"))
+    assert found == pytest.approx({BEST: 0.5, AT_BEST: 0.6, "test-error-at-best": 0.3, "best-epoch": 2.0})
+    monkeypatch.setattr(Finished, "records", property(lambda self: records[1::2]))
+    assert at_best(finished("ridge-0.1")) == {}
