@@ -32,10 +32,10 @@ penalty, that is Bayes' rule for linear f, which one layer cannot reach; two lay
 the closed form are judged on the same fresh prompts. The paper has theorems only; the training is ours: the sum over
 the prompt is divided by n, weights start as N(0, 0.3^2) (zero is a saddle), Adam on a cosine schedule with clipping.
 
-The theorems speak of global minimisers, and training need not find one. At quick scale with n = 160 one of three initial
-weights ends, at every noise, in a stationary point where M_xx is nearly singular along w_x: the term w_x M_xx then costs
-little, one direction of A is half as long as it should be, and four times the steps change nothing. The claim on the
-step size fails there, and stays as it is.
+The theorems speak of global minimisers, and training need not find one. At quick scale with n = 160 one of three
+initial weights ends, at every noise, in a stationary point where M_xx is nearly singular along w_x: the term w_x M_xx
+then costs little, one direction of A is half as long as it should be, and four times the steps change nothing. The
+claim on the step size fails there, and stays as it is.
 
 Many clients: each owns distributions of prompts and draws its own stream. With a single plain SGD step a round,
 momentum kept, the average is the pooled step, so the federation must reach the compromise above. W_K and W_Q are

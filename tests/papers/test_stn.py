@@ -135,6 +135,16 @@ def test_the_entropy_is_that_of_the_normal_distribution_and_grows_sigma() -> Non
     assert (slope < 0).all()
 
 
+def test_the_second_step_asks_for_more_entropy() -> None:
+    """tau > 0 keeps sigma from collapsing: the same draws, minus tau H."""
+    net = network()
+    values = []
+    for tau in (0.0, 0.7):
+        torch.manual_seed(3)
+        values.append(upper(net, tau=tau))
+    torch.testing.assert_close(values[1], values[0] - 0.7 * entropy(net))
+
+
 def test_a_last_batch_that_is_smaller_works() -> None:
     """42 samples, 28 to train on: the fourth step of an epoch would have 4 of 8."""
     local = opened(batch_size=16, steps=8)
