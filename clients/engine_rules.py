@@ -6,7 +6,7 @@ Both kinds keep their state by field and parameter name, in the groups that the 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,9 +112,13 @@ class Adam:
     ) -> None:
         self._moving = moving
         spared = [p for n, p in moving.items() if decayed is not None and n not in decayed]
-        groups = [{"params": [p for n, p in moving.items() if decayed is None or n in decayed]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in moving.items() if decayed is None or n in decayed]}
+        ]
+        if spared:
+            groups.append({"params": spared, "weight_decay": 0.0})
         self._optimizer = (torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW)(
-            [*groups, {"params": spared, "weight_decay": 0.0}] if spared else groups,
+            groups,
             lr=params.lr,
             betas=(params.momentum or 0.9, 0.999),
             weight_decay=params.weight_decay,
