@@ -42,8 +42,10 @@ class MiniShapes:
     """Pixels of a side."""
     test: int = 3040
     """Pictures of the test split."""
-    label: str = ""
-    """The factor that is the label; without one nothing is predicted, and measures judge (``Dataset.task``)."""
+    label: str = "shape"
+    """The factor that is the label, by which clients can be made to differ."""
+    predicted: bool = False
+    """Whether the label is to be predicted; else measures judge (``Dataset.task``)."""
 
     def __post_init__(self) -> None:
         total = int(np.prod(list(FACTORS.values())))
@@ -52,8 +54,7 @@ class MiniShapes:
             0 < self.test < total, f"dataset.test is {self.test}; give at least 1 and less than all {total}."
         )
         require(
-            self.label in ("", *FACTORS),
-            f"dataset.label is '{self.label}'; choose one of {', '.join(FACTORS)}, or leave it out.",
+            self.label in FACTORS, f"dataset.label is '{self.label}'; choose one of {', '.join(FACTORS)}."
         )
 
     def locate(self, search: Search) -> Found:
@@ -65,17 +66,17 @@ class MiniShapes:
         images = torch.from_numpy(draw(self.side))
         factors = torch.cartesian_prod(*(torch.arange(n) for n in FACTORS.values()))
         order = torch.from_numpy(numpy_rng(0, "datasets.mini_shapes.split").permutation(len(images)))
-        classes = tuple(f"{self.label} {value}" for value in range(FACTORS.get(self.label, 1)))
-        column = list(FACTORS).index(self.label) if self.label else None
+        classes = tuple(f"{self.label} {value}" for value in range(FACTORS[self.label]))
+        column = list(FACTORS).index(self.label)
         train, test = (
             Split(
                 images[rows],
-                torch.zeros(len(rows), dtype=torch.int64) if column is None else factors[rows, column],
+                factors[rows, column],
                 {EXTRA: factors[rows]},
             )
             for rows in (order[: -self.test], order[-self.test :])
         )
-        task: Task = "classification" if self.label else "measured"
+        task: Task = "classification" if self.predicted else "measured"
         return Dataset("mini_shapes", train, test, classes, mean=(0.0,), std=(1.0,), task=task)
 
 

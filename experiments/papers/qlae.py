@@ -20,7 +20,7 @@ for all: continuous latents are cut into ten equal parts of their range.
 
 Baselines: the plain autoencoder, and the beta-TCVAE (Chen et al., NeurIPS 2018): BCE plus KL + (beta - 1) TC a pixel,
 TC estimated within the batch. Controls: every baseline has the same grid of decays, so that neither decay nor
-quantisation alone explains the gain; codebooks that are fixed and the same for all latents (``learned=false``).
+quantisation alone explains the gain. ``learned=false`` is the ablation with one fixed codebook for all latents.
 
 Differences from the paper: the images are our own (``flowerbed.datasets.mini_shapes``), since its four sets are large
 downloads. In quick runs they have 16x16 pixels and the networks are MLPs. Decay acts within 1 / (lr wd) steps, 10,000

@@ -52,10 +52,10 @@ def test_shapes_of_a_size_have_equal_areas(kind: int) -> None:
 
 
 def test_a_factor_may_be_the_label() -> None:
-    data = load_dataset(MINI, side=8, label="shape")
+    data = load_dataset(MINI, side=8, label="x", predicted=True)
     assert data.task == "classification"
-    assert data.num_classes == 3
-    assert torch.equal(data.train.labels, data.train.extras["factors"][:, 4])
+    assert data.num_classes == 5
+    assert torch.equal(data.train.labels, data.train.extras["factors"][:, 5])
 
 
 @pytest.mark.parametrize("options", [{"side": 4}, {"test": 0}, {"test": 23_040}, {"label": "colour"}])
