@@ -285,19 +285,20 @@ def central(simulation: Simulation) -> Tensors:
         said = net.body(x)
         if kind == "Tcvae":
             mean, log_var = said.chunk(2, -1)
-            posterior = torch.distributions.Normal(mean, (0.5 * log_var).exp())
-            z = mean + torch.randn_like(mean) * posterior.stddev
-            tc = total_correlation(z, mean, log_var)
+            z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+            likelihood = F.binary_cross_entropy_with_logits(net.head(z), x)
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
-            extra: Tensor = (kl + (options.get("beta", 3.0) - 1) * tc) / x[0].numel()
-            return F.binary_cross_entropy_with_logits(net.head(z), x) + extra
+            tc = total_correlation(z, mean, log_var)
+            bound: Tensor = likelihood + (kl + (options["beta"] - 1) * tc) / x[0].numel()
+            return bound
         if kind == "Ae":
             return F.binary_cross_entropy_with_logits(net.head(said), x)
         books = net.head.latent
         assert isinstance(books, ScalarCodebooks)
         z_q = torch.stack([v[(z[:, None] - v).abs().argmin(1)] for v, z in zip(books.values, said.T)], 1)
-        value = F.binary_cross_entropy_with_logits(net.head(said + (z_q - said).detach()), x)
-        return value + 0.01 * F.mse_loss(z_q, said.detach()) + 0.01 * F.mse_loss(said, z_q.detach())
+        value: Tensor = F.binary_cross_entropy_with_logits(net.head(said + (z_q - said).detach()), x)
+        moved, held = (z_q - said.detach()).square().mean(), (said - z_q.detach()).square().mean()
+        return value + 0.01 * moved + 0.01 * held
 
     return central_run(simulation, loss, before=clipped, decayed=decays)
 
