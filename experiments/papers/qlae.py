@@ -282,7 +282,7 @@ def central(simulation: Simulation) -> Tensors:
     def loss(step: CentralStep) -> Tensor:
         net, x = step.net, step.x
         assert isinstance(net, Autoencoder)
-        said = net.body(x)
+        said: Tensor = net.body(x)
         if kind == "Tcvae":
             mean, log_var = said.chunk(2, -1)
             z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
@@ -296,7 +296,7 @@ def central(simulation: Simulation) -> Tensors:
         books = net.head.latent
         assert isinstance(books, ScalarCodebooks)
         z_q = torch.stack([v[(z[:, None] - v).abs().argmin(1)] for v, z in zip(books.values, said.T)], 1)
-        value: Tensor = F.binary_cross_entropy_with_logits(net.head(said + (z_q - said).detach()), x)
+        value = F.binary_cross_entropy_with_logits(net.head(said + (z_q - said).detach()), x)
         moved, held = (z_q - said.detach()).square().mean(), (said - z_q.detach()).square().mean()
         return value + 0.01 * moved + 0.01 * held
 
