@@ -319,9 +319,10 @@ def central(simulation: Simulation) -> Tensors:
         streams = [seeds.torch_rng(simulation.seed, f"view {v}", 0, step.number) for v in range(count)]
         x = torch.cat([augment(step.x, stream, scale=scale) for stream in streams])
         raw = net.body(x)
-        z, q, aim = (
+        # In this order, which decides how gradients add up.
+        q, aim, z = (
             F.normalize(e, dim=1).reshape(count, -1, e.shape[1])
-            for e in (raw, net.head(raw), target[0].body(x))
+            for e in (net.head(raw), target[0].body(x), raw)
         )
         if asked.pull == "pairs":
             value = (2 - 2 * (q * ((aim.sum(0) - aim) / (count - 1))).sum(-1)).mean()
@@ -359,10 +360,14 @@ def clouds(made: Reproduction) -> Figure:
         sigma = torch.linalg.svdvals(z - z.mean(0)) * (z.shape[1] / len(z)) ** 0.5
         left.plot(range(1, len(sigma) + 1), sigma.tolist(), style, color=colour, label=arm, linewidth=1.4)
         x, y = (figures.values(made, arm, name) for name in ("spread", "probe"))
-        right.plot(x, y, "o", color=colour, label=arm, markersize=5, alpha=0.8)
+        right.plot(x, y, "o" if style == "-" else "s", color=colour, markersize=4, alpha=0.7)
+        if x and y:
+            middle = (sum(x) / len(x), sum(y) / len(y))
+            right.annotate(arm, middle, fontsize=7, color=colour, xytext=(5, 4), textcoords="offset points")
     left.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
     left.set_yscale("log")
     left.set_ylim(bottom=1e-3)
+    right.margins(0.12)
     figures.finish(left, "k", "singular value of the embeddings (1: isotropic)")
     figures.finish(right, "spread of the embeddings", "accuracy of the ridge probe")
     return figure

@@ -263,7 +263,9 @@ def test_the_models_that_arms_ask_for() -> None:
     assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in plain.modules())
     named = embedder((3, 16, 16), 10, encoder="resnet8", norm="gn", d=5)
     assert named(torch.rand(2, 3, 16, 16)).shape == (2, 5)
-    assert math.isclose(float(unit(named(torch.rand(2, 3, 16, 16)), 1)[0, 0].norm()), 1, rel_tol=1e-5)
+    assert math.isclose(
+        float(unit(named(torch.rand(2, 3, 16, 16)), 1)[0, 0].norm().detach()), 1, rel_tol=1e-5
+    )
     with pytest.raises(ConfigError, match="projector='none'"):
         embedder((1, 8, 8), 10, projector="none")
 
