@@ -54,6 +54,10 @@ class ClientHalf:
         """Return the parameters that local training does not move."""
         return frozenset()
 
+    def decayed(self, info: ModelInfo) -> frozenset[str] | None:
+        """Return the parameters that weight decay acts on; None means all that move."""
+        return None
+
     # The gradient level.
 
     def begin(self, local: LocalRound) -> Extras:
@@ -109,6 +113,7 @@ class ClientHalf:
             frozen=self.frozen(local.info),
             batches=self.batches(local),
             further=self.further(extras),
+            decayed=self.decayed(local.info),
         )
         streams = self.end(local, trained, extras)
         counted = {"num-examples": trained.examples, "steps": trained.steps, **trained.counts}

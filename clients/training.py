@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -62,6 +62,7 @@ def train(
     steps: range | None = None,
     batches: Batches | None = None,
     further: Mapping[str, Tensor] | None = None,
+    decayed: Collection[str] | None = None,
     scope: str = "",
 ) -> Trained:
     """Run optimizer steps on the resident model, in place.
@@ -70,10 +71,11 @@ def train(
     integer tensors are counts and add up, other scalars are averaged, and other tensors (by-products such as the
     outputs) go to ``after_step`` and no further. Parameters named in ``frozen`` do not move;
     those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped apart
-    from them. By default the steps are those of this round on the client's own batches: ``params``
-    replaces the local parameters and brings a clock of its own, ``steps`` replaces the clocks, ``batches``
-    (clock to batch) the data. With ``params.persist`` the optimizer state and the modules' random stream come
-    from and return to ``local.state``; ``scope`` keeps several trainings of one round apart there.
+    from them. Weight decay acts on what ``decayed`` names, by default on all. By default the steps are those of
+    this round on the client's own batches: ``params`` replaces the local parameters and brings a clock of its own,
+    ``steps`` replaces the clocks, ``batches`` (clock to batch) the data. With ``params.persist`` the optimizer state
+    and the modules' random stream come from and return to ``local.state``; ``scope`` keeps several trainings of one
+    round apart there.
     """
     clock, hooks, further = local.clock, hooks or Hooks(), further or {}
     if params is None:
@@ -87,7 +89,7 @@ def train(
     for tensor in further.values():
         tensor.requires_grad_()
     moving = {**own, **further}
-    rule = update_rule(params, moving)
+    rule = update_rule(params, moving, decayed)
     if params.persist:
         rule.restore(local.state, scope)
     batches = batches or own_batches(local, params)

@@ -10,6 +10,7 @@ UNSTACKABLE = {
     "hooks": "chooses the hooks of a step by itself",
     "batches": "makes its own batches",
     "further": "trains tensors beside the model's parameters",
+    "decayed": "lets weight decay act on some parameters only",
     "estimate": "makes its gradients by itself, evaluating the loss more than once",
     "after_step": "acts on the model after every step",
 }

@@ -54,10 +54,12 @@ def central_run(
     *,
     before: Callable[[nn.Module], None] | None = None,
     after: After | None = None,
+    decayed: Callable[[str], bool] | None = None,
 ) -> Tensors:
     """Train on all training data and return the state dict.
 
-    ``before`` acts on the initial model, ``after`` follows every optimizer step. Raises ``ConfigError`` for settings
+    ``before`` acts on the initial model, ``after`` follows every optimizer step, ``decayed`` says by name
+    which parameters weight decay acts on (by default all). Raises ``ConfigError`` for settings
     that are not part of the plain loop (augmentation, several clients).
     """
     local, rounds = simulation.local, simulation.federation.rounds
@@ -70,7 +72,7 @@ def central_run(
     net = parts.spec.model.build(simulation.seed)
     if before is not None:
         before(net)
-    optimizer = _optimizer(simulation, net)
+    optimizer = _optimizer(simulation, net, decayed or (lambda name: True))
     size = local.batch_size or len(y)
     per_epoch, per_round = local.batches_per_epoch(len(y)), local.steps_per_round(len(y))
     epochs = -(-rounds * per_round // per_epoch)
@@ -94,20 +96,21 @@ def central_run(
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
-def _optimizer(simulation: Simulation, net: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(
+    simulation: Simulation, net: nn.Module, decayed: Callable[[str], bool]
+) -> torch.optim.Optimizer:
     local = simulation.local
+    groups = [
+        {
+            "params": [p for n, p in net.named_parameters() if decayed(n) == decays],
+            "weight_decay": local.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
     if local.optimizer == "sgd":
-        return torch.optim.SGD(
-            net.parameters(),
-            lr=local.lr,
-            momentum=local.momentum,
-            nesterov=local.nesterov,
-            weight_decay=local.weight_decay,
-        )
+        return torch.optim.SGD(groups, lr=local.lr, momentum=local.momentum, nesterov=local.nesterov)
     if local.optimizer == "rmsprop":
-        return torch.optim.RMSprop(
-            net.parameters(), lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
-        )
+        return torch.optim.RMSprop(groups, lr=local.lr, momentum=local.momentum)
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
     betas = (local.momentum or 0.9, 0.999)
-    return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay)
+    return kind(groups, lr=local.lr, betas=betas)
