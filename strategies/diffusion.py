@@ -51,7 +51,7 @@ class DdpmHalf(ClientHalf):
     params: DdpmParams
 
     def begin(self, local: LocalRound) -> Extras:
-        _prior(local)
+        prior_of(local)
         if not self.params.ema:
             return {}
         sent = local.received.get(EMA) or {n: p.detach() for n, p in local.parts.parameters.items()}
@@ -149,7 +149,8 @@ class Collected(FederatedStrategy):
         return {name: value[: len(current["labels"])] for name, value in found.items()}
 
 
-def _prior(local: LocalRound) -> DiffusionPrior:
+def prior_of(local: LocalRound) -> DiffusionPrior:
+    """Return the resident model; raises ``ClientError`` if it predicts no noise."""
     if not isinstance(local.model, DiffusionPrior):
         raise ClientError(
             f"{type(local.model).__name__} is no diffusion model; choose one of flowerbed.models.diffusion"

@@ -53,7 +53,7 @@ from torch.nn import functional as F
 from flowerbed import seeds
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import EARLIER, LocalRound, Reply
-from flowerbed.errors import ClientError, require
+from flowerbed.errors import require
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.generation import frechet
 from flowerbed.experiments.parts import build_parts
@@ -73,7 +73,7 @@ from flowerbed.models.diffusion import (
 )
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import ClientReply, FederatedStrategy, Phase
-from flowerbed.strategies.diffusion import DdpmParams
+from flowerbed.strategies.diffusion import DdpmParams, prior_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,7 +224,7 @@ class AdaptiveGuidanceHalf(ClientHalf):
 
     @torch.no_grad()
     def run(self, local: LocalRound) -> Reply:
-        asked, prior = self.params, prior_of(local)
+        asked, prior = self.params, prior_of(local).eval()
         before = local.state.get(SAMPLES, {})
         count = len(before["labels"]) if before else 0
         start, labels = self._starts(local, prior, "starting noise", asked.images, count)
@@ -255,7 +255,7 @@ class AdaptiveGuidanceHalf(ClientHalf):
         return Reply({}, {"num-examples": asked.images, **metrics})
 
     def query(self, local: LocalRound) -> Reply:
-        asked, prior = self.params, prior_of(local)
+        asked, prior = self.params, prior_of(local).eval()
         start, labels = self._starts(local, prior, "calibration noise", asked.fitted_on)
         if asked.policy == "linear":
             return Reply(
@@ -322,15 +322,6 @@ class AdaptiveSampling(FederatedStrategy):
         earlier = int(self.params.learns)
         config = ConfigRecord({**config, EARLIER: earlier})
         return super().configure_train(server_round - earlier, arrays, config, grid)
-
-
-def prior_of(local: LocalRound) -> DiffusionPrior:
-    """Return the resident model, in evaluation mode; raises ``ClientError`` if it predicts no noise."""
-    if not isinstance(local.model, DiffusionPrior):
-        raise ClientError(
-            f"{type(local.model).__name__} is no diffusion model; choose one of flowerbed.models.diffusion"
-        )
-    return local.model.eval()
 
 
 def cosine(now: Predictions, e_c: Tensor, e_u: Tensor, space: str) -> Tensor:
