@@ -40,19 +40,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowerbed import seeds
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, LocalRound, Reply
+from flowerbed.clients.local_round import LocalRound, Reply
 from flowerbed.errors import require
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.generation import frechet
@@ -313,15 +311,6 @@ class AdaptiveSampling(FederatedStrategy):
                     ALPHA: torch.stack([reply.streams[ALPHA][ALPHA] for reply in replies]).mean(0)
                 }
         return {}
-
-    # The round of calibration comes before those that the clients' clocks count.
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        earlier = int(self.params.learns)
-        config = ConfigRecord({**config, EARLIER: earlier})
-        return super().configure_train(server_round - earlier, arrays, config, grid)
 
 
 def cosine(now: Predictions, e_c: Tensor, e_u: Tensor, space: str) -> Tensor:

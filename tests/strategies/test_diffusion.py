@@ -33,6 +33,22 @@ def test_the_average_of_the_weights_is_delivered_and_goes_on_across_rounds() -> 
     assert worlds.equal(plain.result.model, world.trained)
 
 
+def test_the_average_of_one_step_by_hand() -> None:
+    world = worlds.run(
+        DDPM,
+        {"ema": 0.9},
+        dataset=DATA,
+        model=UNET,
+        data={"client_samples": 64},
+        local={"batch_size": 0},
+        federation={"clients": 1, "rounds": 1},
+    )
+    initial = world.parts.spec.model.build(3).state_dict()
+    for name, value in world.result.model.items():
+        torch.testing.assert_close(value, 0.9 * initial[name] + 0.1 * world.trained[name])
+    assert not worlds.equal(initial, world.trained)
+
+
 def test_clients_weigh_in_the_average_by_their_samples() -> None:
     world = worlds.run(DDPM, dataset=DATA, model=UNET, data={"client_samples": 256}, local=ADAM)
     assert set(world.parts.strategy.state[EMA]) == set(world.result.model)
