@@ -151,11 +151,11 @@ def random_mask(shape: torch.Size | tuple[int, ...], share: float, generator: to
     return Mask(seen.view(count, 1, height, width))
 
 
-def box_mask(shape: torch.Size | tuple[int, ...], side: int) -> Mask:
+def box_mask(shape: torch.Size | tuple[int, ...], side: int, device: torch.device | str = "cpu") -> Mask:
     """Return a mask that hides a square in the middle."""
     _, _, height, width = shape
     require(side <= min(height, width), f"A box of side {side} does not fit into {height}x{width}.")
-    seen = torch.ones(1, 1, height, width, dtype=torch.bool)
+    seen = torch.ones(1, 1, height, width, dtype=torch.bool, device=device)
     top, left = (height - side) // 2, (width - side) // 2
     seen[..., top : top + side, left : left + side] = False
     return Mask(seen)

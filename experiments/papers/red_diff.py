@@ -168,7 +168,11 @@ class Problem:
         if asked.task == "random":
             operator = random_mask(truth.shape, asked.share, generator)
         else:
-            operator = box_mask(truth.shape, asked.side) if asked.task == "box" else BlockMean(asked.factor)
+            operator = (
+                box_mask(truth.shape, asked.side, truth.device)
+                if asked.task == "box"
+                else BlockMean(asked.factor)
+            )
         y = operator(truth)
         noise = torch.randn(y.shape, generator=generator, device=y.device)
         # What a mask does not see has no noise either.
