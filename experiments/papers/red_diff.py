@@ -14,10 +14,9 @@ started at mu = H^+ y. With xhat_t the denoised image, e_theta - e = (a_t / s_t)
 ``weight``: const, sqrt, linear, square, log(1 + s/a), clip(s/a, 1), power23; ``order``: descending, ascending, random.
 
 Baselines with as many calls of the network (or more), which differentiate through it:
-DPS: the step of DDIM less zeta grad_{x_t} |y - H xhat|^2 / |y - H xhat|, started at a H^+ y + s n;
-PiGDM: the step of DDIM plus ``weight_g`` a_s a_t J^T (H^+ y - H^+ H xhat), J = d xhat / d x_t; where pixels are seen,
-xhat is replaced by them. ``tv``: the same engine with smoothed total variation for the prior. ``pinv``: H^+ y.
-DPS draws samples, and PSNR prefers the posterior's mean, so ``dps-mean`` averages 8 of its samples (8 times the calls).
+DPS and PiGDM (``flowerbed.models.restoration``). ``tv``: the same descent with smoothed total variation for the prior.
+``pinv``: H^+ y. DPS draws samples, and PSNR prefers the posterior's mean, so ``dps-mean`` averages 8 of its samples (8
+times the calls).
 
 Every method's settings are chosen on other images, ``tuned_on``, by PSNR over equally many combinations (``tune``).
 PSNR is over the pixels that are not seen as they are; a classifier trained on the data says what it recognises.
@@ -55,8 +54,9 @@ from flowerbed.experiments.reproduction.claims import Claim, metric
 from flowerbed.experiments.reproduction.engine import Reproduction
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.experiments.reproduction.paper import Paper
-from flowerbed.models.diffusion import DiffusionPrior, ddim_step
-from flowerbed.models.inverse import BlockMean, Operator, box_mask, psnr, random_mask
+from flowerbed.models.diffusion import DiffusionPrior
+from flowerbed.models.inverse import BlockMean, Operator, box_mask, random_mask
+from flowerbed.models.restoration import Adam, Problem, data_gradient, dps, pigdm, total_variation
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import ClientReply, FederatedStrategy, Phase, Setting
 from flowerbed.strategies.diffusion import prior_of
@@ -81,7 +81,6 @@ WEIGHTS: dict[str, Callable[[float], float]] = {
 RESTORED, CHOSEN = "restored", "chosen"
 MU, ADAM, GRADIENT = "mu", "adam", "gradient"
 START = "start"
-BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -149,76 +148,13 @@ class RedDiffParams:
         ]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Images that were measured."""
-
-    prior: DiffusionPrior
-    operator: Operator
-    y: Tensor
-    truth: Tensor
-    """For judging, and for nothing else."""
-
-    @classmethod
-    def of(
-        cls, prior: DiffusionPrior, truth: Tensor, asked: RedDiffParams, generator: torch.Generator
-    ) -> Problem:
-        """Measure the images."""
-        operator: Operator
-        if asked.task == "random":
-            operator = random_mask(truth.shape, asked.share, generator)
-        else:
-            operator = (
-                box_mask(truth.shape, asked.side, truth.device)
-                if asked.task == "box"
-                else BlockMean(asked.factor)
-            )
-        y = operator(truth)
-        noise = torch.randn(y.shape, generator=generator, device=y.device)
-        # What a mask does not see has no noise either.
-        measured = operator(torch.ones_like(truth)) != 0
-        return cls(prior, operator, y + asked.sigma_v * noise * measured, truth)
-
-    @property
-    def start(self) -> Tensor:
-        """H^+ y."""
-        return self.operator.inverse(self.y)
-
-    def judged(self, found: Tensor) -> Tensor:
-        """Return the PSNR of every image on what was not seen, ``(B,)``."""
-        return psnr(found, self.truth, self.operator.hidden(self.truth))
-
-
-class Adam:
-    """Adam on an image; elementwise, so that the images of a batch do not touch."""
-
-    def __init__(self, lr: float, state: Tensors | None = None) -> None:
-        self.lr, self.state = lr, state or {}
-
-    def step(self, mu: Tensor, gradient: Tensor) -> Tensor:
-        """Return mu after one step."""
-        if not self.state:
-            self.state = {
-                "m": torch.zeros_like(mu),
-                "v": torch.zeros_like(mu),
-                "t": torch.zeros((), dtype=torch.float64),
-            }
-        first, second = BETAS
-        t = self.state["t"] + 1
-        m = first * self.state["m"] + (1 - first) * gradient
-        v = second * self.state["v"] + (1 - second) * gradient**2
-        self.state = {"m": m, "v": v, "t": t}
-        first, second = 1 - first ** float(t), 1 - second ** float(t)
-        moved: Tensor = mu - self.lr / first * m / ((v / second).sqrt() + 1e-8)
-        return moved
-
-
-def data_gradient(operator: Operator, y: Tensor, mu: Tensor) -> Tensor:
-    """Return the gradient of |y - H(mu)|^2 / 2 for each image, by autograd, so that H need not be linear."""
-    with torch.enable_grad():
-        x = mu.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(((y - operator(x)) ** 2).sum() / 2, x)
-    return gradient
+def operator_of(asked: RedDiffParams, truth: Tensor, generator: torch.Generator) -> Operator:
+    """Return how the images of a task are measured."""
+    if asked.task == "random":
+        return random_mask(truth.shape, asked.share, generator)
+    if asked.task == "box":
+        return box_mask(truth.shape, asked.side, truth.device)
+    return BlockMean(asked.factor)
 
 
 def prior_gradient(
@@ -254,73 +190,21 @@ def times(prior: DiffusionPrior, asked: RedDiffParams, generator: torch.Generato
     return grid[::-1] if asked.order == "ascending" else grid
 
 
-def total_variation(problem: Problem, asked: RedDiffParams, generator: torch.Generator) -> Tensor:
-    """Return mu with smoothed total variation in the place of the network."""
-    mu, adam = problem.start, Adam(asked.lr)
-    measured = problem.operator.size(mu)
-    for _ in range(asked.steps):
-        with torch.enable_grad():
-            x = mu.detach().requires_grad_()
-            down, right = x.diff(dim=-2)[..., :-1], x.diff(dim=-1)[..., :-1, :]
-            value = (down**2 + right**2 + 1e-3).sqrt().sum()
-            (slope,) = torch.autograd.grad(value, x)
-        gradient = asked.lam * slope / mu[0].numel()
-        mu = adam.step(mu, gradient + asked.v * data_gradient(problem.operator, problem.y, mu) / measured)
-    return mu
-
-
-def dps(problem: Problem, asked: RedDiffParams, generator: torch.Generator) -> Tensor:
-    """Return posterior samples, or the mean of several."""
-    return torch.stack([_dps(problem, asked, generator) for _ in range(asked.samples)]).mean(0)
-
-
-def _dps(problem: Problem, asked: RedDiffParams, generator: torch.Generator) -> Tensor:
-    prior, grid = problem.prior, [*problem.prior.schedule.grid(asked.steps), -1]
-    x = noised(prior, problem.start, grid[0], generator)
-    for t, following in itertools.pairwise(grid):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            e = prior.at(x, t)
-            missed = (problem.y - problem.operator(prior.denoised(x, e, t))).flatten(1)
-            (slope,) = torch.autograd.grad((missed**2).sum(), x)
-        size = missed.detach().norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-        after = ddim_step(prior, x.detach(), e.detach(), t, following, asked.eta, generator)
-        x = after - asked.zeta * slope / size
-    return x
-
-
-def pigdm(problem: Problem, asked: RedDiffParams, generator: torch.Generator) -> Tensor:
-    """Return samples guided by the pseudo-inverse."""
-    prior, grid = problem.prior, [*problem.prior.schedule.grid(asked.steps), -1]
-    operator, target = problem.operator, problem.start
-    seen = ~operator.hidden(target)
-    x = noised(prior, target, grid[0], generator)
-    for t, following in itertools.pairwise(grid):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            e = prior.at(x, t)
-            clean = prior.denoised(x, e, t)
-            missed = (target - operator.inverse(operator(clean))).detach()
-            (slope,) = torch.autograd.grad((missed * clean).sum(), x)
-        x, e, clean = x.detach(), e.detach(), torch.where(seen, target, clean.detach())
-        after = ddim_step(prior, x, e, t, following, asked.eta, generator, denoised=clean)
-        x = after + asked.weight_g * prior.schedule.signal(following) * prior.schedule.signal(t) * slope
-    return x
-
-
-def noised(prior: DiffusionPrior, clean: Tensor, t: int, generator: torch.Generator) -> Tensor:
-    """Return x_t of a clean image."""
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-    return prior.schedule.signal(t) * clean + prior.schedule.noise(t) * noise
-
-
-SOLVERS: dict[str, Callable[[Problem, RedDiffParams, torch.Generator], Tensor]] = {
-    "red": red_diff,
-    "dps": dps,
-    "pigdm": pigdm,
-    "tv": total_variation,
-    "pinv": lambda problem, asked, generator: problem.start,
-}
+def solve(problem: Problem, asked: RedDiffParams, generator: torch.Generator) -> Tensor:
+    """Return what a method makes of the measurements."""
+    if asked.method == "red":
+        return red_diff(problem, asked, generator)
+    if asked.method == "dps":
+        made = [
+            dps(problem, generator, steps=asked.steps, zeta=asked.zeta, eta=asked.eta)
+            for _ in range(asked.samples)
+        ]
+        return torch.stack(made).mean(0)
+    if asked.method == "pigdm":
+        return pigdm(problem, generator, steps=asked.steps, weight=asked.weight_g, eta=asked.eta)
+    if asked.method == "tv":
+        return total_variation(problem, steps=asked.steps, lam=asked.lam, lr=asked.lr, v=asked.v)
+    return problem.start
 
 
 class RedDiffHalf(ClientHalf):
@@ -339,7 +223,7 @@ class RedDiffHalf(ClientHalf):
         asked = replace(self.params, **chosen)
         problem, labels = self.problem(local, done, asked.images)
         began = time.thread_time()
-        found = SOLVERS[asked.method](problem, asked, self._stream(local, "solver", done))
+        found = solve(problem, asked, self._stream(local, "solver", done))
         seconds = time.thread_time() - began
         kept = {
             "images": found,
@@ -371,8 +255,11 @@ class RedDiffHalf(ClientHalf):
         order = torch.from_numpy(seeds.numpy_rng(local.seed, "test images").permutation(len(data)))
         # By sample id, so that clients with the same images take the same.
         rows = data.index.argsort()[order[first : first + count].to(data.x.device)]
-        generator = self._stream(local, "measurement", first)
-        return Problem.of(prior_of(local).eval(), data.x[rows], self.params, generator), data.y[rows]
+        asked, truth, generator = self.params, data.x[rows], self._stream(local, "measurement", first)
+        operator = operator_of(asked, truth, generator)
+        return Problem.measured(prior_of(local).eval(), operator, truth, asked.sigma_v, generator), data.y[
+            rows
+        ]
 
     def _chosen(self, local: LocalRound) -> Tensors:
         """Return the settings of ``tune`` with the best PSNR on other images, by name; {} if there is no choice."""
@@ -383,7 +270,6 @@ class RedDiffHalf(ClientHalf):
         if first < self.params.images * local.clock.rounds:
             raise ClientError("the images for tuning would be among those judged; lower strategy.images")
         problem, _ = self.problem(local, first, self.params.tuned_on)
-        solve = SOLVERS[self.params.method]
         scores = []
         for one in combinations:
             # One run decides a setting, also where several are averaged later.
@@ -604,6 +490,7 @@ PAPER = Paper(
     uses=(
         "flowerbed.models.diffusion",
         "flowerbed.models.inverse",
+        "flowerbed.models.restoration",
         "flowerbed.strategies.diffusion",
         "flowerbed.datasets.symmetric",
     ),

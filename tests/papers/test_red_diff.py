@@ -15,23 +15,21 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.papers.red_diff import (
     CHOSEN,
+    METHODS,
     MU,
     RESTORED,
     WEIGHTS,
-    Adam,
-    Problem,
     RedDiffHalf,
     RedDiffParams,
-    data_gradient,
-    dps,
-    pigdm,
+    operator_of,
     prior_gradient,
     red_diff,
+    solve,
     times,
-    total_variation,
 )
 from flowerbed.models.diffusion import DiffusionPrior
 from flowerbed.models.inverse import Clamp, Mask, box_mask
+from flowerbed.models.restoration import Adam, Problem, data_gradient
 from flowerbed.seeds import torch_rng
 
 MODULE = "flowerbed.experiments.papers.red_diff"
@@ -174,8 +172,8 @@ def test_no_method_looks_at_the_truth() -> None:
     """The truth is for judging: with another one the very same image comes out, from the same start H^+ y."""
     one = problem()
     other = replace(one, truth=one.truth + 1)
-    for solve in (red_diff, dps, pigdm, total_variation):
-        asked = RedDiffParams(steps=8)
+    for method in METHODS:
+        asked = RedDiffParams(method=method, steps=8)
         assert torch.equal(solve(one, asked, rng()), solve(other, asked, rng()))
     assert torch.equal(one.start, one.y)
 
@@ -184,8 +182,8 @@ def test_images_of_a_batch_do_not_touch() -> None:
     """Another image in the batch changes nothing of this one."""
     one = problem()
     other = replace(one, y=torch.cat([one.y[:1], 3 * one.y[1:]]))
-    for solve in (red_diff, dps, pigdm, total_variation):
-        asked = RedDiffParams(steps=10)
+    for method in METHODS:
+        asked = RedDiffParams(method=method, steps=10)
         torch.testing.assert_close(solve(one, asked, rng())[0], solve(other, asked, rng())[0])
 
 
@@ -212,10 +210,32 @@ def test_dps_and_pigdm_are_one_step_by_hand() -> None:
     jacobian = prior.gain(999) / a
     slope = -2 * missed @ h @ jacobian
     expected = clean - 0.3 * slope / missed.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(dps(one, asked, rng()).flatten(1), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        solve(one, replace(asked, method="dps"), rng()).flatten(1), expected, rtol=1e-6, atol=1e-8
+    )
     replaced = torch.where(torch.diagonal(h) > 0, one.y.flatten(1), clean)
     expected = replaced + 0.7 * a * missed @ jacobian
-    torch.testing.assert_close(pigdm(one, asked, rng()).flatten(1), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        solve(one, replace(asked, method="pigdm"), rng()).flatten(1), expected, rtol=1e-6, atol=1e-8
+    )
+
+
+def test_total_variation_smooths_and_keeps_what_is_flat() -> None:
+    """A flat image seen through a mask comes back flat, and noise loses most of its variation."""
+    mask = Mask(torch.tensor([True, False, True, True]).view(1, 1, 2, 2))
+    flat = torch.full(SHAPE, 0.4, dtype=torch.float64)
+    asked = RedDiffParams(method="tv", steps=400, lam=0.1, lr=0.02)
+    found = solve(Problem(Gaussian(), mask, mask(flat), flat), asked, rng())
+    torch.testing.assert_close(found, flat, rtol=0.0, atol=0.03)
+    rough = solve(problem([True] * 4), replace(asked, lam=5.0), rng())
+    assert float(rough.std((2, 3)).max()) < 0.2 * float(images().std((2, 3)).min())
+
+
+def test_the_mean_of_samples() -> None:
+    stream = rng()
+    asked = RedDiffParams(method="dps", steps=3)
+    each = [solve(problem(), asked, stream) for _ in range(3)]
+    torch.testing.assert_close(solve(problem(), replace(asked, samples=3), rng()), torch.stack(each).mean(0))
 
 
 def test_the_times_go_down_by_default_and_cover_all() -> None:
@@ -239,11 +259,13 @@ def test_weights_by_hand() -> None:
 def test_a_mask_sees_noise_only_where_it_sees() -> None:
     asked = RedDiffParams(sigma_v=0.5)
     truth = torch.zeros(400, 1, 4, 4)
-    one = Problem.of(Gaussian(), truth, asked, rng())
+    stream = rng()
+    one = Problem.measured(Gaussian(), operator_of(asked, truth, stream), truth, 0.5, stream)
     assert isinstance(one.operator, Mask)
     assert (one.y[one.operator.hidden(truth)] == 0).all()
     assert float(one.y[~one.operator.hidden(truth)].std()) == pytest.approx(0.5, abs=0.02)
-    blocks = Problem.of(Gaussian(), truth, replace(asked, task="blocks"), rng())
+    operator = operator_of(replace(asked, task="blocks"), truth, rng())
+    blocks = Problem.measured(Gaussian(), operator, truth, 0.5, rng())
     assert blocks.y.shape == (400, 1, 2, 2)
     assert float(blocks.y.std()) == pytest.approx(0.5, abs=0.03)
 
