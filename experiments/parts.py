@@ -141,6 +141,7 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         mask=simulation.evaluation.mask,
         engine=simulation.grid.engine,
         cohort=simulation.cohort,
+        validation=validation_partition(simulation, dataset, train),
     )
     initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
     return Parts(simulation, dataset, train, test, spec, strategy, initial)
@@ -228,6 +229,16 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
         return share, share.of_test(len(dataset.test))
     counts = share.class_counts(by_class, dataset.num_classes)
     return share, matched_test_partition(first_label(dataset.test.labels), counts, simulation.seed)
+
+
+def validation_partition(simulation: Simulation, dataset: Dataset, train: Partition) -> Partition | None:
+    """Return the clients' shares of the validation split, made as those of the test set; None where there is none."""
+    if dataset.validation is None:
+        return None
+    if isinstance(train, DrawnPartition):
+        return train.of_test(len(dataset.validation))
+    counts = train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
+    return matched_test_partition(first_label(dataset.validation.labels), counts, simulation.seed)
 
 
 def divide_with_server(simulation: Simulation, dataset: Dataset) -> tuple[Tensor, Tensor | None]:
