@@ -92,7 +92,8 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
     asked = ModelSpec(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
-    model = replace(strategy.model_spec(asked), weights=simulation.initial.weights)
+    initial = simulation.initial
+    model = replace(strategy.model_spec(asked), weights=initial.weights, part=initial.part)
     module = model.build(simulation.seed)
     info = ModelInfo.of(module)
     strategy.setup(
@@ -143,8 +144,8 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         cohort=simulation.cohort,
         validation=validation_partition(simulation, dataset, train),
     )
-    initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return Parts(simulation, dataset, train, test, spec, strategy, initial)
+    first = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return Parts(simulation, dataset, train, test, spec, strategy, first)
 
 
 def fast_routes(simulation: Simulation, module: torch.nn.Module) -> Routes | None:
@@ -185,7 +186,7 @@ def digested(initial: InitialParams) -> InitialParams:
             f"initial.weights={initial.weights} is not the file that this run began with; bring that one back, or "
             "start a new run."
         )
-    return InitialParams(str(Path(initial.weights).resolve()), found)
+    return replace(initial, weights=str(Path(initial.weights).resolve()), sha256=found)
 
 
 def build_strategy(choice: Choice) -> FederatedStrategy:
