@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowerbed.errors import ConfigError
-from flowerbed.models.base import Shape, load_weights
+from flowerbed.models.base import Net, Shape, load_weights
 from flowerbed.models.parts import ModelParts
 
 MEMBERS = ("first", "second")
@@ -18,7 +18,10 @@ MEMBERS = ("first", "second")
 class Pair(nn.Module):
     """Two networks; every name in the state dict starts with ``first`` or ``second``, so that no server mixes them."""
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    first: Net
+    second: Net
+
+    def __init__(self, first: Net, second: Net) -> None:
         super().__init__()
         self.first = first
         self.second = second
@@ -40,9 +43,9 @@ def pair(
 ) -> Pair:
     """Return two networks ``of`` one kind, each with initial weights of its own or with those of a model file."""
     # Here, not above: the zoo is made of models.
-    from flowerbed.models.zoo import draw_model
+    from flowerbed.models.zoo import draw_net
 
-    nets = [draw_model(of, input_shape, num_classes, **(options or {})) for _ in MEMBERS]
+    nets = [draw_net(of, input_shape, num_classes, **(options or {})) for _ in MEMBERS]
     for net, path in zip(nets, (first, second), strict=True):
         if path:
             load_weights(net, path)

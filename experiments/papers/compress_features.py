@@ -33,7 +33,7 @@ chooses K for itself. Ordered channels mean the same everywhere. Small loss disc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -384,18 +384,12 @@ def theorem(run: Finished) -> dict[str, float]:
     asked = CompressParams(**run.simulation.strategy.options)
     if not isinstance(model, Net) or dataset.task == "measured" or asked.mask == "dropout":
         return {}
-    head = model.head
-    assert isinstance(head, LeadingLinear)
-    split, channels = dataset.train, head.in_features
+    split, weight, channels = dataset.train, weight_of(model), model.feature_dim
     law = nested_law(channels, asked.sigma, asked.mu) if asked.mask == "nested" else torch.ones(1)
     found = []
     for rows in torch.split(torch.arange(min(1000, len(split))), 100):
         z = model.features(dataset.prepare(split.inputs[rows]))
-        every = (
-            (z.unsqueeze(1) * head.weight).cumsum(-1)
-            if asked.mask == "nested"
-            else (z @ head.weight.T)[..., None]
-        )
+        every = (z.unsqueeze(1) * weight).cumsum(-1) if asked.mask == "nested" else (z @ weight.T)[..., None]
         log_q = every.permute(2, 0, 1).double().log_softmax(-1)
         p = F.one_hot(split.labels[rows], dataset.num_classes).double()
         found.append(torch.stack(decomposition(log_q, law, p)[:2]))
@@ -408,13 +402,12 @@ def central(simulation: Simulation) -> Tensors:
     asked = CompressParams(**simulation.strategy.options)
 
     def loss(step: CentralStep) -> Tensor:
-        assert isinstance(step.net, Net)
-        z = step.net.features(step.x)
+        (net,) = _nets(step.net)
+        z = net.features(step.x)
         mask = asked.draw(simulation.seed, 0, step.number, len(step.y), z.shape[1])
-        logits = (z if mask is None else z * mask) @ step.net.head.weight.T
-        return F.cross_entropy(logits, step.y)
+        return F.cross_entropy((z if mask is None else z * mask) @ weight_of(net).T, step.y)
 
-    return _tried(simulation, central_run(simulation, loss), lambda net: (net,))
+    return _tried(simulation, central_run(simulation, loss))
 
 
 def central_pair(simulation: Simulation) -> Tensors:
@@ -424,54 +417,57 @@ def central_pair(simulation: Simulation) -> Tensors:
 
     def loss(step: CentralStep) -> Tensor:
         nonlocal kept, epoch
-        net = step.net
-        assert isinstance(net, Pair)
-        net.eval()
+        step.net.eval()
+        first, second = _nets(step.net)
         if step.epoch > epoch:
-            kept, epoch = _best(simulation, (net.first, net.second)), step.epoch
-        half, losses = len(step.y) // 2, []
-        with torch.no_grad():
-            one, other = (
-                F.cross_entropy(
-                    n.body(step.x[at])[:, :kept] @ n.head.weight[:, :kept].T, step.y[at], reduction="none"
-                )
-                for n, at in ((net.first, slice(half)), (net.second, slice(half, 2 * half)))
-            )
-        count = int((1 - asked.forget) * half)
-        mask = asked.draw(simulation.seed, 0, step.number, len(step.y), net.first.feature_dim)
-        for n, rows in (
-            (net.first, half + other.sort(stable=True).indices[:count]),
-            (net.second, one.sort(stable=True).indices[:count]),
-        ):
-            z = n.body(step.x[rows])
+            kept, epoch = _best(simulation, (first, second)), step.epoch
+        half, found = len(step.y) // 2, []
+        for net, at in ((first, slice(half)), (second, slice(half, 2 * half))):
+            with torch.no_grad():
+                logits = net.features(step.x[at])[:, :kept] @ weight_of(net)[:, :kept].T
+                losses = F.cross_entropy(logits, step.y[at], reduction="none")
+            found.append(losses.sort(stable=True).indices[: int((1 - asked.forget) * half)])
+        mask = asked.draw(simulation.seed, 0, step.number, len(step.y), first.feature_dim)
+        total = torch.zeros(())
+        for net, rows in ((first, half + found[1]), (second, found[0])):
+            z = net.features(step.x[rows])
             if mask is not None:
                 z = z * (mask if mask.ndim == 1 else mask[rows])
-            losses.append(F.cross_entropy(z @ n.head.weight.T, step.y[rows]))
-        return losses[0] + losses[1]
+            total = total + F.cross_entropy(z @ weight_of(net).T, step.y[rows])
+        return total
 
-    return _tried(simulation, central_run(simulation, loss), lambda net: (net.first, net.second))
+    return _tried(simulation, central_run(simulation, loss))
 
 
-def _tried(
-    simulation: Simulation, tensors: Tensors, networks: Callable[[nn.Module], tuple[Net, ...]]
-) -> Tensors:
+def weight_of(net: Net) -> Tensor:
+    """Return the weights of the classifier, ``(C, D)``."""
+    assert isinstance(net.head, LeadingLinear)
+    return net.head.weight
+
+
+def _nets(model: nn.Module) -> tuple[Net, ...]:
+    if isinstance(model, Pair):
+        return model.first, model.second
+    assert isinstance(model, Net)
+    return (model,)
+
+
+def _tried(simulation: Simulation, tensors: Tensors) -> Tensors:
     net = build_parts(simulation).spec.model.build(simulation.seed)
     net.load_state_dict(tensors)
-    return cut_off(tensors, _best(simulation, networks(net.eval())))
+    return cut_off(tensors, _best(simulation, _nets(net.eval())))
 
 
 @torch.no_grad()
 def _best(simulation: Simulation, nets: tuple[Net, ...]) -> int:
-    data = build_parts(simulation).dataset
-    assert data.validation is not None
-    channels = nets[0].feature_dim
+    data, channels = build_parts(simulation).dataset, nets[0].feature_dim
     if CompressParams(**simulation.strategy.options).mask != "nested":
         return channels
-    z = [net.body(data.prepare(data.validation.inputs)) for net in nets]
-    scores = []
+    assert data.validation is not None
+    z, scores = [net.features(data.prepare(data.validation.inputs)) for net in nets], []
     for k in range(1, channels + 1):
-        logits = sum(z[i][:, :k] @ net.head.weight[:, :k].T for i, net in enumerate(nets))
-        right = (logits.argmax(1) == data.validation.labels).double().mean()
+        each = [zi[:, :k] @ weight_of(net)[:, :k].T for zi, net in zip(z, nets, strict=True)]
+        right = (torch.stack(each).sum(0).argmax(1) == data.validation.labels).double().mean()
         scores.append(float(right) - 1e-5 * (k - 1))
     return scores.index(max(scores)) + 1
 
@@ -490,7 +486,7 @@ def pictures(made: Reproduction) -> Figure:
             model, test = run.model, run.dataset.test
             assert isinstance(model, Net)
             z = model.features(run.dataset.prepare(test.inputs[:2000]))
-            right = correct_by_channels([(z, model.head.weight)], test.labels[:2000])
+            right = correct_by_channels([(z, weight_of(model))], test.labels[:2000])
             curves.append((right.double() / len(z)).tolist())
         x = range(1, len(curves[0]) + 1)
         figures.line(cuts, x, [list(v) for v in zip(*curves, strict=True)], arm, place)
