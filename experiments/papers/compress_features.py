@@ -488,8 +488,11 @@ def pictures(made: Reproduction) -> Figure:
             z = model.features(run.dataset.prepare(test.inputs[:2000]))
             right = correct_by_channels([(z, weight_of(model))], test.labels[:2000])
             curves.append((right.double() / len(z)).tolist())
-        x = range(1, len(curves[0]) + 1)
-        figures.line(cuts, x, [list(v) for v in zip(*curves, strict=True)], arm, place)
+        # About ten points a decade, and the whole.
+        x = sorted(
+            {round(10 ** (n / 10)) for n in range(40)} & set(range(1, len(curves[0]))) | {len(curves[0])}
+        )
+        figures.line(cuts, x, [[c[k - 1] for c in curves] for k in x], arm, place)
     cuts.set_xscale("log")
     figures.finish(cuts, "channels used, K", "test accuracy")
     for place, arm in enumerate(a for a in made.arms if not a.startswith("toy") and not a.endswith("second")):

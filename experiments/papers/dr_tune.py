@@ -427,7 +427,9 @@ def pictures(made: Reproduction) -> Figure:
             if rounds:
                 means = [sum(c[r] for c in curves) / len(curves) for r in rounds]
                 label = arm if name.endswith("before") else f"{arm}, calibrated"
-                apart.plot(rounds, means, style, color=figures.look(place)[0], label=label, linewidth=1.4)
+                apart.plot(
+                    rounds, means, style, color=figures.look(place)[0], label=label, linewidth=2.6 - place
+                )
     apart.axhline(0, color=INK, linewidth=0.6)
     figures.finish(apart, "epoch", "distance of class centres")
     return figure
