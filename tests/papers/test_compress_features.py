@@ -10,7 +10,6 @@ import worlds
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowerbed.clients.co_teaching import halves, remembered, small_loss
 from flowerbed.clients.params import LocalParams
 from flowerbed.errors import ClientError, ConfigError
 from flowerbed.experiments.papers.compress_features import (
@@ -27,13 +26,7 @@ from flowerbed.experiments.papers.compress_features import (
 from flowerbed.models.batchnorm import fixed_statistics
 from flowerbed.models.feature_masks import (
     LeadingLinear,
-    best_cut,
-    correct_by_channels,
-    decomposition,
-    dropout_mask,
     leading,
-    nested_law,
-    nested_mask,
 )
 from flowerbed.models.pair import pair
 from flowerbed.models.parts import ModelParts
@@ -48,55 +41,6 @@ DATA = {"name": "noisy_labels", "of": "digits", "per_class": 30, "validation_per
 def run(strategy: str, options: dict[str, Any] | None = None, **sections: Any) -> worlds.World:
     base = {"model": NET, "dataset": DATA, "local": {"batch_size": 30, "persist": True, "lr": 0.05}}
     return worlds.run(f"{MODULE}:{strategy}", options, **{**base, **sections})
-
-
-def test_the_law_of_k_has_no_half_in_its_exponent() -> None:
-    law = nested_law(20, 5.0)
-    assert float(law.sum()) == pytest.approx(1)
-    assert float(law[9] / law[4]) == pytest.approx(torch.tensor(-(100 - 25) / 25.0).exp().item())
-    far = nested_law(20, 0.01, mu=-50)
-    assert float(far[0]) == pytest.approx(1)
-    rng = torch.Generator().manual_seed(0)
-    counts = torch.zeros(20)
-    for _ in range(4000):
-        counts[int(nested_mask(law, rng).sum()) - 1] += 1
-    torch.testing.assert_close(counts.double() / 4000, law, rtol=0, atol=0.03)
-
-
-def test_dropout_is_scaled_and_nested_is_not() -> None:
-    rng = torch.Generator().manual_seed(0)
-    mask = dropout_mask(400, 50, 0.7, rng)
-    assert sorted(mask.unique().tolist()) == pytest.approx([0, 1 / 0.3])
-    assert float(mask.mean()) == pytest.approx(1, abs=0.03)
-    # Independent for every sample, where a nested mask is one for the batch.
-    assert not torch.equal(mask[0], mask[1])
-    nested = nested_mask(nested_law(50, 10), rng)
-    assert nested.shape == (50,)
-    kept = int(nested.sum())
-    assert torch.equal(nested, leading(50, kept))
-    assert (nested[:kept] == 1).all()
-    with pytest.raises(ConfigError, match="p=1"):
-        dropout_mask(1, 1, 1.0, rng)
-
-
-def test_right_answers_for_every_k_are_those_of_trying_each() -> None:
-    torch.manual_seed(0)
-    z, w = torch.randn(300, 12).relu(), torch.randn(4, 12)
-    other = (torch.randn(300, 12).relu(), torch.randn(4, 12))
-    y = torch.randint(4, (300,))
-    found = correct_by_channels([(z, w), other], y)
-    for k in range(1, 13):
-        logits = z[:, :k] @ w[:, :k].T + other[0][:, :k] @ other[1][:, :k].T
-        assert int(found[k - 1]) == int((logits.argmax(1) == y).sum())
-
-
-def test_ties_go_to_few_channels_and_k_counts_from_one() -> None:
-    assert best_cut(torch.tensor([5, 8, 8, 8]), 10) == 2
-    assert best_cut(torch.tensor([0, 0, 0, 9]), 10) == 4
-    assert best_cut(torch.zeros(4, dtype=torch.int64), 10) == 1
-    # One more right answer of 100,000 does not pay for two more channels.
-    assert best_cut(torch.tensor([500, 500, 501]), 100_000) == 1
-    assert best_cut(torch.tensor([500, 500, 503]), 100_000) == 3
 
 
 def test_cut_off_at_d_is_the_whole_network_and_training_ignores_it() -> None:
@@ -114,25 +58,6 @@ def test_cut_off_at_d_is_the_whole_network_and_training_ignores_it() -> None:
     assert int(cut_off(model, 5)["head.kept"]) == 5
     assert int(cut_off(cut_off(model, 5), 0)["head.kept"]) == 16
     assert int(model["head.kept"]) == 16
-
-
-def test_theorem_one_holds_for_every_sample() -> None:
-    """All D masks of a nested network are enumerated; p is any law of the label."""
-    torch.manual_seed(0)
-    z, w = torch.randn(7, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
-    law, p = nested_law(9, 3.0), torch.randn(7, 4, dtype=torch.float64).softmax(-1)
-    log_q = torch.stack([(z * leading(9, k).double() @ w.T).log_softmax(-1) for k in range(1, 10)])
-    bias, variance, entropy = decomposition(log_q, law, p)
-    expected = -(law[:, None, None] * p * log_q).sum((0, 2))
-    torch.testing.assert_close(bias + variance + entropy, expected)
-    # The variance is minus the logarithm of what normalises q~.
-    normaliser = (law[:, None, None] * log_q).sum(0).exp().sum(-1)
-    torch.testing.assert_close(variance, -normaliser.log())
-    assert (bias > 0).all()
-    assert (variance > 0).all()
-    one = decomposition(log_q[:1], torch.ones(1), F.one_hot(torch.arange(7) % 4, 4).double())
-    torch.testing.assert_close(one[0], F.cross_entropy(log_q[0], torch.arange(7) % 4, reduction="none"))
-    torch.testing.assert_close(one[1], torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_without_a_mask_it_is_fedavg_bit_for_bit() -> None:
@@ -198,20 +123,6 @@ def test_nothing_but_training_labels_is_noisy_and_the_choice_needs_clean_samples
     half = CompressHalf(CompressParams(mask="nested"))
     with pytest.raises(ClientError, match="validation samples"):
         half.right(local)
-
-
-def test_forgetting_keeps_whole_numbers_and_halves_do_not_overlap() -> None:
-    assert [remembered(n, r) for n, r in ((10, 0.3), (64, 0.5), (7, 0.5), (1, 0.9), (10, 0.0))] == [
-        7,
-        32,
-        3,
-        1,
-        10,
-    ]
-    assert small_loss(torch.tensor([3.0, 1.0, 2.0, 0.5]), 0.5).tolist() == [3, 1]
-    one, other = halves(7)
-    assert [one.tolist(), other.tolist()] == [[0, 1, 2], [3, 4, 5]]
-    assert [h.tolist() for h in halves(1)] == [[0], [0]]
 
 
 def batch_of(size: int) -> dict[str, Tensor]:
