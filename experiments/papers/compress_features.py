@@ -23,7 +23,8 @@ those of the last epoch (``best-accuracy``, beside it, is that of the best valid
 ``nested-pair`` fine-tunes the same two networks as long without leaving a sample out (r = 0): what is gained by two
 networks and more epochs. ``toy-*`` is the paper's first picture: y = x with noise that grows with x.
 
-Differences from the released code: a nested K is never replaced by D where it is 1. Not known are the width and the
+Differences from the released code: the learning rate is not warmed up, and a nested K is never replaced by D where it
+is 1. Not known are the width and the
 noise of the toy; here two layers of 200 and a deviation of 0.4 x.
 
 Many clients: weights are averaged for each network apart (A is never mixed with B), and clients send how many of their

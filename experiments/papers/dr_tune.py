@@ -169,11 +169,11 @@ class DrTuneHalf(ClientHalf):
                 p = pretrained.features(batch["x"])
                 bank.queue.push({D: p, P: p, "y": batch["y"]})
                 step += 1
-        self._turn(bank, local.clock.first_step)
+        self._turn(bank, 0)
         return bank
 
     def _turn(self, bank: Bank, following: int) -> None:
-        """Compute R where it is due at the step that follows."""
+        """Compute R where it is due at the step that follows, as it always is at the first."""
         if self.params.calibration != "full":
             return
         if following % self.params.every == 0:
@@ -250,9 +250,9 @@ def calibrated(
     """
     a, q, y = F.normalize(rows[P], dim=1), F.normalize(rows[D], dim=1), rows["y"]
     found = {"centres-before": _apart(a, q, y)}
-    if how == "full" and turn is not None:
+    if how == "full":
         found["residual-before"] = residual(centred(a), centred(q))
-        a = centred(a) @ turn.T
+        a = centred(a) if turn is None else centred(a) @ turn.T
         found["residual-after"] = residual(a, centred(q))
     if how != "none":
         moved = torch.zeros_like(a)

@@ -10,7 +10,7 @@ import worlds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowerbed.clients.local_round import LocalRound
+from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.queues import Queue, group
 from flowerbed.errors import ConfigError
@@ -221,6 +221,13 @@ def test_a_received_reference_follows_the_global_model() -> None:
         run(options, federation={"clients": 1, "rounds": 1}).result.model,
         run({**options, "reference": "initial"}, federation={"clients": 1, "rounds": 1}).result.model,
     )
+
+
+def test_a_queue_that_is_filled_late_is_rotated_at_once() -> None:
+    local = worlds.open_round(LocalParams(batch_size=8, persist=True))
+    local.clock = Clock(round=4, rounds=5, steps=3)
+    held = DrTuneHalf(DrTuneParams(weight=1.0, queue=20)).begin(local)[BANK]
+    assert held.turn is not None
 
 
 def test_a_probe_moves_the_head_alone() -> None:
