@@ -408,7 +408,7 @@ def pictures(made: Reproduction) -> Figure:
             by_weight, weights, [figures.values(made, arm, "accuracy") for arm in arms], family, place
         )
     for place, arm in enumerate(("fine-tune", "probe"), start=3):
-        found = figures.values(made, arm, "accuracy")
+        found = figures.values(made, arm, "accuracy") if arm in made.arms else []
         if found:
             colour, _ = figures.look(place)
             by_weight.axhline(sum(found) / len(found), color=colour, linestyle="--", linewidth=1.2, label=arm)
@@ -422,8 +422,9 @@ def pictures(made: Reproduction) -> Figure:
     figures.finish(raw, "head on pretrained test features", "test accuracy (100 images a class)")
     for place, arm in enumerate(("dr-1.0", "translation-1.0", "full-1.0")):
         for name, style in (("centres-before", "--"), ("centres-after", "-")):
-            curves = [dict(o.curves.get(f"train:{name}", ())) for o in made.of(arm)]
-            rounds = sorted(set.intersection(*(set(c) for c in curves)))
+            outcomes = made.of(arm) if arm in made.arms else []
+            curves = [dict(o.curves.get(f"train:{name}", ())) for o in outcomes]
+            rounds = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
             if rounds:
                 means = [sum(c[r] for c in curves) / len(curves) for r in rounds]
                 label = arm if name.endswith("before") else f"{arm}, calibrated"
