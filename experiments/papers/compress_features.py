@@ -480,7 +480,7 @@ def pictures(made: Reproduction) -> Figure:
     from flowerbed.experiments.reproduction import figures
 
     figure, (cuts, fits, toy) = figures.canvas(3)
-    shown = [arm for arm in ("ce", "dropout-0.7", "nested-10") if arm in made.arms]
+    shown: list[str] = [arm for arm in ("ce", "dropout-0.7", "nested-10") if arm in made.arms]
     for place, arm in enumerate(shown):
         curves = []
         for seed in made.seeds:
