@@ -25,7 +25,7 @@ GATHER_BYTES = 2**21
 LABELLED = "labelled"
 """Extra of a semi-supervised split: bool, whether the client sees the sample's label."""
 CLEAN = "clean"
-"""Extra beside it: the true label of every sample, for measuring pseudo-labels and for nothing else."""
+"""Extra beside it, and of sets with noisy labels: the true label of every sample, for measuring and nothing else."""
 UNLABELLED = -1
 """The label that a client sees where it sees none."""
 
@@ -53,7 +53,8 @@ class ClientData:
         labels = split.labels[index].to(device)
         extras = {name: values[index].to(device) for name, values in split.extras.items()}
         if LABELLED in extras:
-            extras[CLEAN] = labels
+            # Where labels are noisy, the set knows better.
+            extras.setdefault(CLEAN, labels)
             labels = torch.where(extras[LABELLED], labels, UNLABELLED)
         inputs = dataset.prepare(split.inputs[index]).to(device)
         return cls(inputs, labels, index.to(device), extras, Scale(dataset.mean, dataset.std))

@@ -134,11 +134,14 @@ class InitialParams:
     weights: str | None = None
     """A safetensors file with some or all tensors of the model by name, such as a run's model.safetensors; the
     others are drawn as always. None draws all."""
+    part: str = "all"
+    """all: every tensor of the file; backbone: all but the head, which is drawn (a model of another task)."""
     sha256: str = ""
     """Digest of that file; a run fills it in, and refuses another file under the same name."""
 
     def __post_init__(self) -> None:
         require(bool(self.weights) or not self.sha256, "initial.sha256 needs initial.weights=FILE.")
+        require(self.part in ("all", "backbone"), f"initial.part is '{self.part}'; choose all or backbone.")
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,8 @@ class Simulation:
         for section, key in (("initial", "sha256"), ("evaluation", "measures")):
             if not plain[section][key]:
                 plain[section].pop(key)
+        if self.initial.part == "all":
+            plain["initial"].pop("part")
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
         if self.defence.name == "none":
