@@ -56,6 +56,22 @@ def test_an_epoch_visits_every_sample_once(examples: int, batch: int, epoch: int
         assert len(rows) == examples // batch * batch
 
 
+def test_with_replacement_every_row_is_an_independent_draw() -> None:
+    """All batches are whole, repeats occur as often as they should, and a step is a function of its clock."""
+    local = LocalParams(batch_size=4, replacement=True)
+    order = BatchOrder(local, 10, seed=0, client=0)
+    rows = torch.stack([order.rows(step) for step in range(3000)])
+    assert rows.shape == (3000, 4)
+    shares = torch.bincount(rows.flatten(), minlength=10) / rows.numel()
+    assert (shares - 0.1).abs().max() < 0.01
+    # Neighbours within a batch agree with probability 1/10: in a permutation never.
+    assert float((rows[:, 1:] == rows[:, :-1]).float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(BatchOrder(local, 10, seed=0, client=0).rows(1234), rows[1234])
+    flat, sizes = order.span(range(1000, 1100))
+    assert sizes == [4] * 100
+    assert torch.equal(flat.view(100, 4), rows[1000:1100])
+
+
 def test_a_budget_of_steps_goes_on_through_the_epochs() -> None:
     """Steps of successive rounds continue the same stream; nothing starts anew at a round's border."""
     local = LocalParams(batch_size=4, steps=3)
