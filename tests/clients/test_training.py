@@ -18,7 +18,7 @@ from flowerbed.clients.data import BatchOrder, ClientData
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.training import Hooks, TimeLimitError, backpropagate, train
+from flowerbed.clients.training import Evaluation, Hooks, TimeLimitError, backpropagate, train
 from flowerbed.errors import ClientError, ConfigError
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -110,6 +110,20 @@ def test_correct_edits_the_gradient_that_the_optimizer_sees() -> None:
     train(local, ClientHalf().loss, extras={"value": 2.0}, hooks=Hooks(correct=ones))
     for name, value in local.model.state_dict().items():
         torch.testing.assert_close(value, before[name] - 0.5 * 2.0)
+
+
+def test_an_evaluation_elsewhere_is_that_of_moved_parameters_and_moves_nothing() -> None:
+    """Also where only one tensor is given, and for many at once under vmap."""
+    local = open_round(LocalParams(batch_size=0))
+    half, batch = ClientHalf(), local.train_data.batch(slice(None))
+    compute = Evaluation(half.loss, local.parts, batch, {}, local.task)
+    before = {n: v.clone() for n, v in local.model.state_dict().items()}
+    weights = torch.randn(4, *before["head.weight"].shape)
+    found = torch.func.vmap(lambda w: compute.at({"head.weight": w}))(weights)
+    assert all(torch.equal(v, before[n]) for n, v in local.model.state_dict().items())
+    for w, value in zip(weights, found, strict=True):
+        local.load({"head.weight": w})
+        torch.testing.assert_close(compute()[0], value)
 
 
 def test_estimate_replaces_the_gradient_and_after_step_sees_the_step() -> None:
