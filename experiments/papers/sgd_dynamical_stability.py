@@ -328,7 +328,7 @@ def by_rate(made: Reproduction) -> Figure:
     figures.finish(left, "learning rate", "tr G at the end")
     figures.finish(middle, "learning rate", "relative test error")
     figures.finish(
-        right, "learning rate in units of 2 / tr G", "distance from the minimum (diverged: no point)"
+        right, "learning rate in units of 2 / tr G (no point: diverged)", "distance from the minimum"
     )
     return figure
 
