@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowerbed import seeds
 from flowerbed.clients.data import Batch
@@ -57,7 +57,9 @@ from flowerbed.experiments.reproduction.claims import Claim, metric
 from flowerbed.experiments.reproduction.engine import Reproduction
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.experiments.reproduction.paper import Paper
+from flowerbed.models.base import Net, Shape, classifier
 from flowerbed.models.info import ModelInfo
+from flowerbed.models.layers import image_shape
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.sparsity import Masks, keep_largest, prunable
 from flowerbed.models.tasks import Task
@@ -330,6 +332,14 @@ def _whole(reply: ClientReply, current: Tensors, active: Active) -> Tensors:
     return model
 
 
+def pooled_mlp(input_shape: Shape, num_classes: int, *, pool: int = 4, hidden: int = 16) -> Net:
+    """Return a ReLU network of one hidden layer on images made ``pool`` times smaller: few enough weights."""
+    channels, height, width = image_shape("pooled_mlp", input_shape, pool)
+    inputs = channels * (height // pool) * (width // pool)
+    layers = (nn.AvgPool2d(pool), nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU())
+    return classifier(nn.Sequential(*layers), hidden, num_classes)
+
+
 LAST = 3
 """Evaluations that an accuracy is the mean of; the steps of a constant learning rate are noisy."""
 
@@ -354,7 +364,7 @@ def central(simulation: Simulation) -> Tensors:
     def loss(step: CentralStep) -> Tensor:
         def value(tensors: Tensors) -> Tensor:
             outputs = torch.func.functional_call(step.net, tensors, (step.x,))
-            return torch.nn.functional.cross_entropy(outputs, step.y, reduction="none").double().mean()
+            return nn.functional.cross_entropy(outputs, step.y, reduction="none").double().mean()
 
         if options.estimator == "backprop":
             return value({})
