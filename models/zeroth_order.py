@@ -119,7 +119,8 @@ def _directions(parameter: Tensor, count: int, generator: torch.Generator, unit:
     if not unit:
         return drawn
     lengths = torch.linalg.vector_norm(drawn.flatten(1), dim=1)
-    return drawn / lengths.view(-1, *[1] * parameter.ndim)
+    found: Tensor = drawn / lengths.view(-1, *[1] * parameter.ndim)
+    return found
 
 
 def _chunks(whole: int, most: int) -> Iterator[int]:
