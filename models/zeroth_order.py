@@ -71,7 +71,7 @@ def random_directions(
     *,
     unit: bool = False,
     scratch: Mapping[str, Tensor] | None = None,
-    chunk: int = 64,
+    chunk: int = 128,
 ) -> tuple[Tensors, int]:
     """Return the gradient by differences along ``q`` random directions (RGE), and how many losses that took.
 

@@ -18,9 +18,12 @@ layer, 1 - s_l, is used. Weights stay dense: S selects what is estimated. Biases
 Here one round is one set S: K is ``local.steps``. Feature reuse comes from evaluating many perturbations of one tensor
 together (``flowerbed.models.zeroth_order``). A query is one loss of one batch, the unperturbed one included.
 
+The comparison is on Fashion-MNIST at 7x7 with 970 weights: on the 8x8 digits of scikit-learn backpropagation alone is
+at 96 to 97 % after as many steps, which leaves nothing to tell.
+
 Controls. Backpropagation with the same steps; RGE at an equal number of queries with q = d and with q = d / 10, every
-arm at its own learning rate (out of 0.03, 0.1, 0.3, 1, tuned apart from the seeds of the comparison); sparse CGE with
-the same share in every layer, which leaves out what the scores say.
+arm at all of four learning rates (those of the other arms were tuned with another seed); sparse CGE with the same share
+in every layer, which leaves out what the scores say.
 
 Differences from the released code: directions in training are standard normal, where the code scales them to length 1
 by tensor (kept for the scores, where only proportions matter). We let the two gradients of the scores share directions,
@@ -65,7 +68,7 @@ from flowerbed.models.info import ModelInfo
 from flowerbed.models.layers import image_shape
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.sparsity import Masks, keep_largest, prunable
-from flowerbed.models.tasks import Task
+from flowerbed.models.tasks import Classification, Task
 from flowerbed.models.zeroth_order import Active, Value, coordinate_wise, random_directions
 from flowerbed.server.callbacks import SERVER
 from flowerbed.storage import Tensors
@@ -160,6 +163,16 @@ def active_set(params: DeepZeroParams, info: ModelInfo, masks: Masks, seed: int,
     return found
 
 
+def losses(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """Return the task's loss of each sample, ``(N,)``.
+
+    For a classification the classes come first, where many softmaxes of ten numbers take a fifth of the time on a CPU.
+    """
+    if isinstance(task, Classification):
+        return nn.functional.cross_entropy(outputs.T[None], labels[None], reduction="none")[0]
+    return task.loss(outputs, labels)
+
+
 class DeepZeroHalf(ClientHalf):
     """Trains on gradients that are made of losses."""
 
@@ -179,7 +192,7 @@ class DeepZeroHalf(ClientHalf):
         self, model: ModelParts, batch: Batch, extras: Extras, task: Task
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         # Added in float64: a difference of two means in float32 would be divided by mu.
-        return task.loss(model(batch["x"]), batch["y"]).double().mean(), {}
+        return losses(model(batch["x"]), batch["y"], task).double().mean(), {}
 
     def estimate(self, compute: Evaluation, parameters: Mapping[str, Tensor]) -> StepGradients:
         if self.params.estimator == "backprop":
@@ -376,7 +389,7 @@ def central(simulation: Simulation) -> Tensors:
     def loss(step: CentralStep) -> Tensor:
         def value(tensors: Tensors) -> Tensor:
             outputs = torch.func.functional_call(step.net, tensors, (step.x,))
-            return nn.functional.cross_entropy(outputs, step.y, reduction="none").double().mean()
+            return losses(outputs, step.y, Classification(step.classes)).double().mean()
 
         if options.estimator == "backprop":
             return value({})
