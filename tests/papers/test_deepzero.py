@@ -18,6 +18,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments.papers.deepzero import (
     CURVATURE,
     MASK,
+    VALUES,
     DeepZeroHalf,
     DeepZeroParams,
     active_set,
@@ -203,6 +204,20 @@ def test_inactive_weights_move_by_decay_as_released_or_stay() -> None:
         rest[active[name]] = False
         changed = (world.result.model[name] != net.state_dict()[name]).flatten()[rest]
         assert bool(changed.any()) == moves
+
+
+def test_weights_that_stay_do_so_in_every_step_of_the_client() -> None:
+    """Not only in what the server makes of the reply: later steps of the round would see them moved."""
+    params = DeepZeroParams(s=0.5, layers="uniform", inactive="stay")
+    local = worlds.open_round(LocalParams(batch_size=0, steps=3, weight_decay=0.1))
+    before = local.parameters()
+    reply = DeepZeroHalf(params).run(local)
+    for name, at in active_set(params, local.info, {}, 0, 1).items():
+        rest = torch.ones(before[name].numel(), dtype=torch.bool)
+        rest[at] = False
+        assert torch.equal(local.parts.parameters[name].flatten()[rest], before[name].flatten()[rest])
+        assert torch.equal(reply.streams[VALUES][name], local.parts.parameters[name].flatten()[at])
+        assert not torch.equal(reply.streams[VALUES][name], before[name].flatten()[at])
 
 
 def test_pruned_weights_are_zero_and_stay_so() -> None:
