@@ -17,6 +17,7 @@ from flowerbed.experiments.papers.sgd_dynamical_stability import (
     Diagonal,
     Stability,
     StabilityParams,
+    central,
     coordinates,
     critical_rate,
     diagonal,
@@ -225,3 +226,12 @@ def test_wrong_parameters_are_refused() -> None:
             StabilityParams(**options)
     with pytest.raises(ConfigError, match=r"model.r0 is 0\.5"):
         diagonal((3,), 1, r0=0.5)
+
+
+def test_one_client_is_a_plain_loop_where_clipping_binds_too() -> None:
+    for batch in (1, 5):
+        local = {"clip_norm": 0.05, "persist": True, "steps": 7, "batch_size": batch}
+        world = run({}, federation={"clients": 1, "rounds": 3}, local=local)
+        assert worlds.equal(world.result.model, central(world.parts.simulation))
+        free = run({}, federation={"clients": 1, "rounds": 3}, local={**local, "clip_norm": 0.0})
+        assert not worlds.equal(world.result.model, free.result.model)
