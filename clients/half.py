@@ -18,7 +18,7 @@ from flowerbed.clients.data import Batch
 from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained, shared_model
 from flowerbed.clients.training import (
     Batches,
-    Compute,
+    Evaluation,
     Hooks,
     StepGradients,
     backpropagate,
@@ -79,11 +79,11 @@ class ClientHalf:
         """Return the scalar loss of a batch and further scalars to report. Pure."""
         return task.mean_loss(model(batch["x"]), batch["y"]), {}
 
-    def estimate(self, compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:
+    def estimate(self, compute: Evaluation, parameters: Mapping[str, Tensor]) -> StepGradients:
         """Return loss, metrics and gradients of a step; ``compute()`` evaluates the loss where it stands.
 
         The default differentiates once. An override may move the parameters in place and evaluate again
-        (sharpness-aware steps, finite differences), but puts them back.
+        (sharpness-aware steps), but puts them back; or evaluate the loss at other parameters, ``compute.at``.
         """
         return backpropagate(compute, parameters)
 

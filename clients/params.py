@@ -33,6 +33,9 @@ class LocalParams:
     """Samples a step (B); 0 means the whole client data at once."""
     drop_last: bool = False
     """Leave out the last, smaller batch of an epoch (never the only one)."""
+    replacement: bool = False
+    """Draw every sample of every step independently, with replacement, instead of going through a permutation; all
+    batches then have ``batch_size`` samples, and an epoch is but a number of steps."""
     optimizer: str = "sgd"
     """sgd, adam, adamw or rmsprop, as in ``torch.optim``."""
     lr: float = 0.1

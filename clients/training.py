@@ -27,7 +27,6 @@ Compute = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 """Evaluates the loss of the current batch at the current parameters: (loss, further scalars)."""
 StepGradients = tuple[Tensor, Mapping[str, Tensor], Gradients]
 """Loss, further scalars, and the gradient of each parameter (None where the loss does not depend on it)."""
-Estimate = Callable[[Compute, Mapping[str, Tensor]], StepGradients]
 Correct = Callable[[Tensors, Mapping[str, Tensor], Extras], Tensors]
 AfterStep = Callable[[Step], None]
 Batches = Callable[[int], Batch]
@@ -37,6 +36,36 @@ GENERATOR_GROUP = "generator"
 
 class TimeLimitError(ClientError):
     """The client ran out of the time that the server gave it."""
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """The loss of one step's batch: call it for (loss, further scalars) where the parameters stand.
+
+    What it is made of is there for estimates that evaluate it elsewhere, many at a time.
+    """
+
+    loss: Loss
+    parts: ModelParts
+    batch: Batch
+    extras: Extras
+    task: Task
+
+    def __call__(self) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self.loss(self.parts, self.batch, self.extras, self.task)
+
+    def at(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss with ``tensors`` in place of the model's own of these names, parameters or buffers.
+
+        Works under ``torch.func``. Buffers that are not named and that the model updates are updated.
+        """
+        buffers = {n: tensors.get(n, b) for n, b in self.parts.buffers.items()}
+        parameters = {n: tensors.get(n, p) for n, p in self.parts.parameters.items()}
+        moved = replace(self.parts, parameters=parameters, buffers=buffers, in_place=False)
+        return self.loss(moved, self.batch, self.extras, self.task)[0]
+
+
+Estimate = Callable[[Evaluation, Mapping[str, Tensor]], StepGradients]
 
 
 @dataclass(frozen=True)
@@ -116,10 +145,7 @@ def train(
             if fast is not None:
                 fast.lr = lr
 
-            def compute(batch: Batch = batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-                return loss(parts, batch, extras, local.task)
-
-            value, metrics, gradients = estimate(compute, moving)
+            value, metrics, gradients = estimate(Evaluation(loss, parts, batch, extras, local.task), moving)
             if hooks.correct is not None:
                 gradients = _corrected(hooks.correct, gradients, moving, extras)
             if params.clip_norm:

@@ -318,6 +318,8 @@ class Simulation:
             plain["local"].pop("milestones")
         if self.defence.name == "none":
             plain.pop("defence")
+        if not self.local.replacement:
+            plain["local"].pop("replacement")
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -64,8 +64,8 @@ def central_run(
     """
     local, rounds = simulation.local, simulation.federation.rounds
     require(simulation.federation.clients == 1, "A central run has one client; set federation.clients=1.")
-    if local.augment != "none" or not local.persist or local.clip_norm:
-        raise ConfigError("A central run needs local.augment=none, local.persist=true and local.clip_norm=0.")
+    if local.augment != "none" or not local.persist:
+        raise ConfigError("A central run needs local.augment=none and local.persist=true.")
     parts = build_parts(simulation)
     data, chosen = parts.dataset, torch.from_numpy(parts.train.indices(0).copy())
     x, y = data.prepare(data.train.inputs[chosen]), data.train.labels[chosen]
@@ -80,7 +80,9 @@ def central_run(
     with seeds.torch_stream(simulation.seed, "modules", 0):
         for number in range(rounds * per_round):
             epoch, place = divmod(number, per_epoch)
-            order = seeds.numpy_rng(simulation.seed, "data order", 0, epoch).permutation(len(y))
+            rng = seeds.numpy_rng(simulation.seed, "data order", 0, epoch)
+            drawn = local.replacement
+            order = rng.integers(len(y), size=per_epoch * size) if drawn else rng.permutation(len(y))
             rows = torch.from_numpy(order)[place * size : (place + 1) * size]
             lr = local.lr_at(number, per_round, rounds)
             step = CentralStep(
@@ -90,6 +92,8 @@ def central_run(
                 group["lr"] = lr
             optimizer.zero_grad()
             loss(step).backward()  # type: ignore[no-untyped-call]
+            if local.clip_norm:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), local.clip_norm)
             optimizer.step()
             if after is not None:
                 after(step)
