@@ -41,7 +41,7 @@ def update_rule(params: LocalParams, moving: Mapping[str, Tensor]) -> UpdateRule
     """Return the rule of ``params`` for the named parameters."""
     if not moving:
         raise ClientError("every parameter is frozen, there is nothing to train")
-    return Sgd(params, moving) if params.optimizer == "sgd" else Adam(params, moving)
+    return Sgd(params, moving) if params.optimizer == "sgd" else Adaptive(params, moving)
 
 
 class Sgd:
@@ -93,19 +93,23 @@ class Sgd:
         self._buffers = {n: kept[n].clone().to(p.device) for n, p in self._moving.items() if n in kept}
 
 
-class Adam:
-    """``torch.optim.Adam`` or ``AdamW``."""
+class Adaptive:
+    """``torch.optim.Adam``, ``AdamW`` or ``RMSprop``."""
 
     plain = False
 
     def __init__(self, params: LocalParams, moving: Mapping[str, Tensor]) -> None:
         self._moving = moving
-        self._optimizer = (torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW)(
-            list(moving.values()),
-            lr=params.lr,
-            betas=(params.momentum or 0.9, 0.999),
-            weight_decay=params.weight_decay,
-        )
+        weights, decay = list(moving.values()), params.weight_decay
+        self._optimizer: torch.optim.Optimizer
+        if params.optimizer == "rmsprop":
+            self._optimizer = torch.optim.RMSprop(
+                weights, lr=params.lr, momentum=params.momentum, weight_decay=decay
+            )
+        else:
+            kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
+            betas = (params.momentum or 0.9, 0.999)
+            self._optimizer = kind(weights, lr=params.lr, betas=betas, weight_decay=decay)
 
     def step(self, gradients: Gradients, lr: float) -> None:
         for name, parameter in self._moving.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flowerbed.errors import require
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 ENGINES = ("strict", "fast")
 PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "exponential", "multistep")
@@ -34,11 +34,11 @@ class LocalParams:
     drop_last: bool = False
     """Leave out the last, smaller batch of an epoch (never the only one)."""
     optimizer: str = "sgd"
-    """sgd, adam or adamw, as in ``torch.optim``."""
+    """sgd, adam, adamw or rmsprop, as in ``torch.optim``."""
     lr: float = 0.1
     """Learning rate at the first step."""
     momentum: float = 0.0
-    """Heavy-ball momentum (sgd) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
+    """Heavy-ball momentum (sgd, rmsprop) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
     nesterov: bool = False
     weight_decay: float = 0.0
     schedule: str = "constant"

@@ -33,6 +33,8 @@ def refusal(half: ClientHalf, local: LocalParams) -> str | None:
         return (
             "local.persist keeps each client's optimizer and random stream, which needs one client at a time"
         )
+    if local.optimizer == "rmsprop":
+        return "local.optimizer=rmsprop is of one client at a time"
     if local.precision != "float32":
         return (
             f"local.precision={local.precision} is of steps of one client at a time (cohort.precision is that of "

@@ -104,6 +104,10 @@ def _optimizer(simulation: Simulation, net: nn.Module) -> torch.optim.Optimizer:
             nesterov=local.nesterov,
             weight_decay=local.weight_decay,
         )
+    if local.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            net.parameters(), lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
+        )
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
     betas = (local.momentum or 0.9, 0.999)
     return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay)

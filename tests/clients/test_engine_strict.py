@@ -48,6 +48,8 @@ OPTIMIZERS = {
     "nesterov, decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adam": {"optimizer": "adam", "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "rmsprop": {"optimizer": "rmsprop", "weight_decay": 0.01},
+    "rmsprop, momentum": {"optimizer": "rmsprop", "momentum": 0.5},
 }
 
 
@@ -58,7 +60,8 @@ def test_an_update_rule_is_torchs_optimizer_to_the_bit(name: str, dtype: torch.d
     given_ = OPTIMIZERS[name]
     params = LocalParams(lr=0.5, **given_)
     mine, theirs = parameters(dtype), parameters(dtype)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(params.optimizer, torch.optim.SGD)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    kind = kinds.get(params.optimizer, torch.optim.SGD)
     optimizer = kind(theirs.values(), lr=0.5, **{k: v for k, v in given_.items() if k != "optimizer"})
     rule = update_rule(params, mine)
     for step in range(6):
