@@ -106,8 +106,12 @@ def _optimizer(simulation: Simulation, net: nn.Module) -> torch.optim.Optimizer:
         )
     if local.optimizer == "rmsprop":
         return torch.optim.RMSprop(
-            net.parameters(), lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
+            net.parameters(),
+            lr=local.lr,
+            momentum=local.momentum,
+            weight_decay=local.weight_decay,
+            eps=local.eps,
         )
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
     betas = (local.momentum or 0.9, 0.999)
-    return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay)
+    return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay, eps=local.eps)
