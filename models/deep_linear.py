@@ -75,7 +75,7 @@ def deep_linear_mlp(
     layers: list[nn.Module] = [nn.Flatten()]
     for width, following in pairwise((math.prod(input_shape), *hidden)):
         layer = nn.Linear(width, following, bias=False)
-        nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+        nn.init.orthogonal_(layer.weight)
         layers += [layer, nn.ReLU()]
     head = linear_stack([hidden[-1]] * depth + [num_classes], bias)
     return Net(nn.Sequential(*layers), head, hidden[-1])
