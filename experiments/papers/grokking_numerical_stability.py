@@ -211,7 +211,7 @@ def curves(made: Reproduction) -> Figure:
         (axes[0], addition, "accuracy", "test accuracy, addition"),
         (axes[1], onset, "train:collapsed", "collapsed training samples, addition"),
         (axes[2], parity, "accuracy", "test accuracy, parity"),
-        (axes[3], parity, "train:collapsed", "collapsed (a softmax of the same logits), parity"),
+        (axes[3], parity, "train:collapsed", "collapsed training samples, parity"),
     ):
         for place, arm in enumerate(arms):
             found = [dict(o.curves.get(name, ())) for o in made.of(arm)]

@@ -26,8 +26,8 @@ over N K numbers, as common square losses have it, is another pair of lambdas, w
 hide.
 
 Controls: the frame of balanced classes, held against an unbalanced run, must miss. The plain lengths without their
-normalisation are claimed too. The rows of ``ce-1`` are the cross entropy under one layer, whose frame is a simplex;
-for more layers the cross entropy has lower minima of low rank (our computation), so nothing is claimed of ``ce-3``.
+normalisation are claimed too. ``ce-1`` is the cross entropy under one layer, whose frame is a simplex; for more layers
+the cross entropy has lower minima of low rank (our computation; the paper claims a simplex), so no arm has them.
 
 Differences from the released code: it takes the largest root without looking whether g is below 1 there, so it keeps
 classes that are lost. The lengths of the network arms are held against the lambdas that were trained with.
@@ -138,6 +138,9 @@ class DeepLinear(FedAvg):
         return {SAMPLES: {ALL: torch.tensor(float(sum(self.setting.class_counts)), dtype=torch.float64)}}
 
     def aggregate(self, server_round: int, current: Tensors, replies: list[ClientReply]) -> Tensors:
+        if len(replies) == 1:
+            # A mean of one, without the rounding of n x / n that float64 models would see.
+            return dict(replies[0].model)
         averaged = super().aggregate(server_round, current, replies)
         if TABLE in averaged:
             rows = current[TABLE].clone()
@@ -333,7 +336,8 @@ def lengths(made: Reproduction) -> Figure:
             found[arm, kind] = [(x, y) for x, y in pairs if x > 0]
             if found[arm, kind]:
                 label = arm if kind == "mean" else None
-                left.plot(*zip(*found[arm, kind], strict=True), marker, color=colour, label=label, mfc="none")
+                face = "none" if place < len(EXACT) - 1 else colour
+                left.plot(*zip(*found[arm, kind], strict=True), marker, color=colour, label=label, mfc=face)
         curves = [dict(o.curves.get("variability", ())) for o in made.of(arm)]
         rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
         figures.line(middle, rounds, [[max(c[r], 1e-32) for c in curves] for r in rounds], arm, place)
@@ -344,12 +348,14 @@ def lengths(made: Reproduction) -> Figure:
     outcomes = [o.values for o in made.of("network")]
     sizes = made.scale.arms["network"].settings["dataset"]["sizes"]
     for place, (kind, label) in enumerate((("mean", "mean feature"), ("row", "classifier row"))):
-        each = [[v[f"{kind}-{k}"] for v in outcomes if f"{kind}-{k}" in v] for k in range(10)]
-        figures.line(right, sizes, each, label, place)
-        predicted = [figures.values(made, "network", f"{kind}-{k}-predicted") for k in range(10)]
-        if all(predicted):
-            colour, _ = figures.look(place)
-            right.plot(sizes, [p[0] for p in predicted], ":", color=colour, label=f"{label}, closed form")
+        by_size: dict[int, list[float]] = {size: [] for size in sizes}
+        predicted: dict[int, float] = {}
+        for k, size in enumerate(sizes):
+            by_size[size] += [v[f"{kind}-{k}"] for v in outcomes if f"{kind}-{k}" in v]
+            predicted |= {size: v[f"{kind}-{k}-predicted"] for v in outcomes if f"{kind}-{k}" in v}
+        figures.line(right, list(by_size), list(by_size.values()), label, place)
+        colour, _ = figures.look(place)
+        right.plot(list(predicted), list(predicted.values()), ":", color=colour, label=f"{label}, closed form")
     figures.finish(left, "squared length in the closed form", "found (circles means, triangles rows)")
     figures.finish(middle, "round", "NC1 of the features")
     figures.finish(right, "samples of the class (network)", "squared length")
