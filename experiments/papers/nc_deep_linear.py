@@ -40,6 +40,7 @@ is one step on F.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -352,10 +353,13 @@ def lengths(made: Reproduction) -> Figure:
         predicted: dict[int, float] = {}
         for k, size in enumerate(sizes):
             by_size[size] += [v[f"{kind}-{k}"] for v in outcomes if f"{kind}-{k}" in v]
-            predicted |= {size: v[f"{kind}-{k}-predicted"] for v in outcomes if f"{kind}-{k}" in v}
+            for found_values in outcomes[:1]:
+                predicted[size] = found_values.get(f"{kind}-{k}-predicted", math.nan)
         figures.line(right, list(by_size), list(by_size.values()), label, place)
         colour, _ = figures.look(place)
-        right.plot(list(predicted), list(predicted.values()), ":", color=colour, label=f"{label}, closed form")
+        right.plot(
+            list(predicted), list(predicted.values()), ":", color=colour, label=f"{label}, closed form"
+        )
     figures.finish(left, "squared length in the closed form", "found (circles means, triangles rows)")
     figures.finish(middle, "round", "NC1 of the features")
     figures.finish(right, "samples of the class (network)", "squared length")
