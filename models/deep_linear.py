@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowerbed.models.base import Net, Shape, require_at_least_one
+from flowerbed.models.layers import image_shape
 
 TABLE = "body.table"
 """Name of the free features among the parameters of ``free_features``: one row a sample."""
@@ -69,11 +70,20 @@ def deep_linear_mlp(
     hidden: tuple[int, ...] = (256, 256, 256),
     depth: int = 1,
     bias: bool = False,
+    pool: int = 1,
 ) -> Net:
-    """Return a ReLU network without biases under ``depth`` linear layers of its last width, all orthogonal."""
-    require_at_least_one("deep_linear_mlp", hidden=min(hidden, default=0), depth=depth)
+    """Return a ReLU network without biases under ``depth`` linear layers of its last width, all orthogonal.
+
+    ``pool`` > 1 first takes means over squares of that side of an image ``(C, H, W)``.
+    """
+    require_at_least_one("deep_linear_mlp", hidden=min(hidden, default=0), depth=depth, pool=pool)
     layers: list[nn.Module] = [nn.Flatten()]
-    for width, following in pairwise((math.prod(input_shape), *hidden)):
+    size = math.prod(input_shape)
+    if pool > 1:
+        channels, height, width = image_shape("deep_linear_mlp", input_shape, pool)
+        layers.insert(0, nn.AvgPool2d(pool))
+        size = channels * (height // pool) * (width // pool)
+    for width, following in pairwise((size, *hidden)):
         layer = nn.Linear(width, following, bias=False)
         nn.init.orthogonal_(layer.weight)
         layers += [layer, nn.ReLU()]

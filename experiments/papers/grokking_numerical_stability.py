@@ -35,9 +35,9 @@ the client. Averaging drifted clients shrinks norms, which acts like decay; perp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def diagnosis(finished: Finished) -> dict[str, float]:
     server = [(r.round * each, r.metrics) for r in records if r.phase == SERVER]
     trained = [(r.round * each, r.metrics) for r in records if COLLAPSED in r.metrics]
 
-    def first(rows: list[tuple[int, Mapping[str, float]]], name: str, above: float) -> float:
+    def first(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, above: float) -> float:
         return float(next((epoch for epoch, found in rows if found[name] > above), never))
 
     outputs = model(x)

@@ -80,3 +80,11 @@ def test_a_network_under_linear_layers() -> None:
     torch.testing.assert_close(net(x), out)
     with pytest.raises(ConfigError, match="depth=0"):
         ModelSpec("flowerbed.models.deep_linear:deep_linear_mlp", (4,), 3, {"depth": 0}).build(0)
+
+
+def test_pooling_comes_first() -> None:
+    net = ModelSpec("flowerbed.models.deep_linear:deep_linear_mlp", (1, 4, 4), 3, {"pool": 2}).build(0)
+    x = torch.randn(2, 1, 4, 4)
+    means = x.reshape(2, 1, 2, 2, 2, 2).mean((3, 5))
+    torch.testing.assert_close(net(x), net(means.repeat_interleave(2, 2).repeat_interleave(2, 3)))
+    assert net.state_dict()["body.2.weight"].shape == (256, 4)
