@@ -191,10 +191,12 @@ def central(simulation: Simulation) -> Tensors:
         rows = torch.arange(len(z))
         if asked.loss == "stablemax":
             s = torch.where(z >= 0, z.clamp(min=0) + 1, 1 / (1 - z.clamp(max=0)))
-            return (s.sum(1).log() - s[rows, step.y].log()).mean()
-        z = z - z.detach().amax(1, keepdim=True)
-        each = z.exp().sum(1).log() - z[rows, step.y]
-        return (each.float() if asked.precision == "float16" else each).mean()
+            each = s.sum(1).log() - s[rows, step.y].log()
+        else:
+            z = z - z.detach().amax(1, keepdim=True)
+            each = z.exp().sum(1).log() - z[rows, step.y]
+        value: Tensor = (each.float() if asked.precision == "float16" else each).mean()
+        return value
 
     return central_run(simulation, loss)
 

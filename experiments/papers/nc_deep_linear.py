@@ -187,7 +187,8 @@ def root(b: float, depth: int) -> float:
         return b**-0.5 - 1 if b < 1 else 0.0
     if b > threshold(depth):
         return 0.0
-    low, high = ((depth - 1) / (depth + 1)) ** (1 / depth), (depth / b) ** (1 / (depth + 1))
+    low = math.pow((depth - 1) / (depth + 1), 1 / depth)
+    high = math.pow(depth / b, 1 / (depth + 1))
     for _ in range(200):
         x = (low + high) / 2
         low, high = (x, high) if depth * x ** (depth - 1) / (x**depth + 1) ** 2 > b else (low, x)
