@@ -102,7 +102,7 @@ def perpendicular(g: Tensor, w: Tensor, keep_norm: bool) -> Tensor:
     along = (w * g).sum() / (w.square().sum() + 1e-30)
     rest = g - along * w
     size, whole = rest.norm(), g.norm()
-    if w.numel() == 1 or size <= NOISE * torch.finfo(g.dtype).eps * whole:
+    if size <= NOISE * torch.finfo(g.dtype).eps * whole:
         return torch.zeros_like(g)
     return rest * (whole / size) if keep_norm else rest
 
