@@ -121,12 +121,12 @@ class Adaptive:
         self._optimizer: torch.optim.Optimizer
         if params.optimizer == "rmsprop":
             self._optimizer = torch.optim.RMSprop(
-                groups, lr=params.lr, momentum=params.momentum, weight_decay=decay
+                groups, lr=params.lr, momentum=params.momentum, weight_decay=decay, eps=params.eps
             )
         else:
             kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
             betas = (params.momentum or 0.9, 0.999)
-            self._optimizer = kind(groups, lr=params.lr, betas=betas, weight_decay=decay)
+            self._optimizer = kind(groups, lr=params.lr, betas=betas, weight_decay=decay, eps=params.eps)
 
     def step(self, gradients: Gradients, lr: float) -> None:
         for name, parameter in self._moving.items():

@@ -320,6 +320,8 @@ class Simulation:
             plain.pop("defence")
         if not self.local.replacement:
             plain["local"].pop("replacement")
+        if self.local.eps == LocalParams().eps:
+            plain["local"].pop("eps")
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -114,7 +114,7 @@ def _optimizer(
     if local.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=local.lr, momentum=local.momentum, nesterov=local.nesterov)
     if local.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=local.lr, momentum=local.momentum)
+        return torch.optim.RMSprop(groups, lr=local.lr, momentum=local.momentum, eps=local.eps)
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
     betas = (local.momentum or 0.9, 0.999)
-    return kind(groups, lr=local.lr, betas=betas)
+    return kind(groups, lr=local.lr, betas=betas, eps=local.eps)

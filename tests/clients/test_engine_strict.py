@@ -49,6 +49,7 @@ OPTIMIZERS = {
     "nesterov, decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adam": {"optimizer": "adam", "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "adamw, eps": {"optimizer": "adamw", "weight_decay": 0.01, "eps": 1e-3},
     "rmsprop": {"optimizer": "rmsprop", "weight_decay": 0.01},
     "rmsprop, momentum": {"optimizer": "rmsprop", "momentum": 0.5},
 }
