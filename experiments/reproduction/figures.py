@@ -141,3 +141,11 @@ def arms_by_place(axis: Axes, made: Reproduction, metric: str, arms: Mapping[str
             axis.plot(math.fsum(found) / len(found), place, "o", color=colour, markersize=6)
     axis.set_yticks(range(len(arms)), list(arms))
     axis.set_ylim(len(arms) - 0.4, -0.6)
+
+
+def curve(axis: Axes, made: Reproduction, arm: str, metric: str, label: str, place: int) -> None:
+    """Draw a metric of one arm by round, mean and range of the seeds; an arm that has no such metric is left out."""
+    found = [dict(o.curves.get(metric, ())) for o in made.of(arm)]
+    rounds = sorted(set.intersection(*(set(one) for one in found)))
+    if rounds:
+        line(axis, rounds, [[one[r] for one in found if math.isfinite(one[r])] for r in rounds], label, place)
