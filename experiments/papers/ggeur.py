@@ -134,7 +134,7 @@ PAPER = Paper(
             ),
         ),
         Claim(
-            "label skew, weighted mean",
+            "label skew under a weighted mean",
             "It beats FedAvg also where FedAvg weighs clients by their samples, as it is defined.",
             accuracy["ggeur"] >= accuracy["raw"] + 0.008,
         ),
@@ -157,7 +157,7 @@ PAPER = Paper(
             ),
         ),
         Claim(
-            "domains, against FedAvg",
+            "domains against FedAvg",
             "Algorithm 2 beats FedAvg and repetition on the mean of the domains.",
             (
                 domains["domains-steps-1-2"] >= domains["domains-raw"] + 0.03,

@@ -14,14 +14,14 @@ from flowerbed.strategies.fedlabel import FedLabelParams
 
 QUICK = load_scale(load_paper("fedlabel"), "quick")
 RUNS = {name: arm.simulation(0, {}) for name, arm in QUICK.arms.items()}
-SETTINGS = ("mismatch-", "mnist-", "central-", "bn-", "gn-")
+SETTINGS = ("mismatch-", "mnist-", "central-fashion-", "central-mnist-", "bn-", "gn-")
 EXCEPTIONS = ("labels-only-tau", "all-labels")
 CLAIMS = {claim.name: claim for claim in PAPER.claims}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
-    claims = ["choice", "choice, same models", "traffic"]
+    claims = ["choice", "choice in the same models", "traffic"]
     return reproduce("fedlabel", "smoke", tmp_path_factory.mktemp("fedlabel"), claims=claims, workers=1)
 
 
@@ -79,8 +79,8 @@ def test_coverage_times_precision_is_the_share_that_is_judged(made: Reproduction
         ("helps", {"fedlabel": 0.71, "labels-only": 0.70, "fixmatch": 0.71, "labels-only-tau": 0.6}, True),
         ("helps", {"fedlabel": 0.709, "labels-only": 0.70, "fixmatch": 0.6, "labels-only-tau": 0.6}, False),
         ("helps", {"fedlabel": 0.72, "labels-only": 0.70, "fixmatch": 0.73, "labels-only-tau": 0.6}, False),
-        ("precondition", {"central-fixmatch": 0.75, "central-labels-only": 0.73}, True),
-        ("precondition", {"central-fixmatch": 0.75, "central-labels-only": 0.74}, False),
+        ("precondition (mnist)", {"central-mnist-fixmatch": 0.75, "central-mnist-labels-only": 0.73}, True),
+        ("precondition (mnist)", {"central-mnist-fixmatch": 0.75, "central-mnist-labels-only": 0.74}, False),
     ],
 )
 def test_claims_on_made_up_figures(name: str, values: dict[str, float], holds: bool) -> None:
