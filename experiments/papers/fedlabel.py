@@ -14,8 +14,8 @@ trainings with one expert; ``train:global-alone-correct-share`` and its like jud
 sample. *It helps*: the accuracy exceeds that of labels alone.
 
 All arms of one setting make as many optimizer steps at every client, the method half of them on pseudo-labels, with
-RandAugment at strengths for small images, drawn anew at every step. Accuracy is the mean over the last ten
-rounds (every second one), pseudo-labels that over the last five; no round is picked.
+RandAugment at strengths for small images, drawn anew at every step. Accuracy is the mean over the last three
+evaluations (rounds 32, 36 and 40), pseudo-labels are those of the last three rounds; no round is picked.
 
 Controls: labels alone with all steps, and with those that the local expert has (``labels-only-tau``), which tells what
 the student adds from what it takes away; each expert alone; FixMatch; all labels. ``central-*`` ask whether
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {
     "": "Fashion-MNIST, 5 % of the labels",
-    "mismatch-": "labels of half of a client's classes",
+    "mismatch-": "Fashion-MNIST, labels of half of a client's classes",
     "mnist-": "MNIST, 1 % of the labels",
 }
 """What the arms' names begin with."""

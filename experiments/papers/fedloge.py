@@ -126,7 +126,7 @@ PERSONAL_FORMS = {
     "sum": "personal-sum",
     "LA": "personal-code",
     "LA, equal lengths": "personal-uniform",
-    "LA, form of the README": "personal-readme",
+    "README form": "personal-readme",
 }
 
 
