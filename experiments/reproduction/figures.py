@@ -6,7 +6,7 @@ Drawn with matplotlib's Agg canvas directly, so neither a display nor pyplot's g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flowerbed.experiments import paired
@@ -126,3 +126,26 @@ def curves_figure(made: Reproduction) -> Figure | None:
             line(axis, rounds, [[c[r] for c in found if math.isfinite(c[r])] for r in rounds], arm, place)
         finish(axis, "round", metric)
     return figure
+
+
+def arms_by_place(axis: Axes, made: Reproduction, metric: str, arms: Mapping[str, str]) -> None:
+    """Draw one metric of some arms, one below the other: mean over seeds, and each seed.
+
+    ``arms`` are arms by the name that they have in the picture; one that was not run, or broke, stays empty.
+    """
+    for place, arm in enumerate(arms.values()):
+        found = values(made, arm, metric) if arm in made.arms else []
+        if found:
+            colour = COLOURS[0]
+            axis.plot(found, [place + 0.2] * len(found), "o", color=colour, alpha=0.5, markersize=3, mew=0)
+            axis.plot(math.fsum(found) / len(found), place, "o", color=colour, markersize=6)
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+
+
+def curve(axis: Axes, made: Reproduction, arm: str, metric: str, label: str, place: int) -> None:
+    """Draw a metric of one arm by round, mean and range of the seeds; an arm that has no such metric is left out."""
+    found = [dict(o.curves.get(metric, ())) for o in made.of(arm)]
+    rounds = sorted(set.intersection(*(set(one) for one in found)))
+    if rounds:
+        line(axis, rounds, [[one[r] for one in found if math.isfinite(one[r])] for r in rounds], label, place)
