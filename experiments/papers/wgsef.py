@@ -503,7 +503,7 @@ def sparsity_and_price(made: Reproduction) -> Figure:
     figures.finish(middle, "hollow: before the cut to k", "test accuracy")
     for place, arm in enumerate(a for a in made.arms if a.startswith("regression")):
         _curve(right, made, arm, "relative-error", arm.removeprefix("regression-"), place)
-    figures.finish(right, "round (lambda grows)", "relative error of regression, cut to k")
+    figures.finish(right, "round (lambda grows)", "relative error, cut to k")
     return figure
 
 
