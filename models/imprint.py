@@ -61,7 +61,7 @@ class _Body(nn.Module):
 def imprinted(
     input_shape: Shape,
     num_classes: int,
-    base: str = "strided_cnn",
+    base: str = "dlg_lenet",
     bins: int = 64,
     mean: float = 0.0,
     std: float = 1.0,

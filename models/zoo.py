@@ -32,7 +32,7 @@ _BUILDERS: dict[str, Builder] = {
     "leaf_cnn": cnn.leaf_cnn,
     "pfl_cnn": cnn.pfl_cnn,
     "small_cnn": cnn.small_cnn,
-    "strided_cnn": cnn.strided_cnn,
+    "dlg_lenet": cnn.dlg_lenet,
     "resnet8": resnet.cifar_resnet(8),
     "resnet20": resnet.cifar_resnet(20),
     "resnet32": resnet.cifar_resnet(32),

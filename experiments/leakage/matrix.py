@@ -2,7 +2,7 @@
 
 A matrix is a YAML file::
 
-    settings: dataset=fashion_mnist model=strided_cnn federation.clients=20 local.steps=1 local.batch_size=1
+    settings: dataset=fashion_mnist model=dlg_lenet federation.clients=20 local.steps=1 local.batch_size=1
     rounds: [1, 50]                      # states of the model: as it was sent in these rounds
     clients: [0, 1, 2, 3]                # victims
     defences:

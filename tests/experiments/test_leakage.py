@@ -129,7 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("watched") / "run"
     asked = [
         "simulate",
-        "model=strided_cnn",
+        "model=dlg_lenet",
         "federation.clients=8",
         "federation.rounds=2",
         "local.steps=1",

@@ -14,7 +14,7 @@ from flowerbed.experiments.leakage import matrix, matrix_report
 
 TEXT = """
 settings: >-
-  dataset=digits model=strided_cnn federation.clients=6 federation.rounds=2 local.steps=1 local.batch_size=1
+  dataset=digits model=dlg_lenet federation.clients=6 federation.rounds=2 local.steps=1 local.batch_size=1
   evaluation.every=2
 rounds: [2]
 clients: [0, 1]

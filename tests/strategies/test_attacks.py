@@ -36,7 +36,7 @@ SCALE = Scale((0.5,), (0.25,))
 GENERATIVE = {"latent", "ggl", "gias", "gifd"}
 ONE_STEP = LocalParams(lr=0.1, batch_size=0, steps=1)
 SIDE = SideInfo(local=ONE_STEP, scale=SCALE)
-SIGMOID = ModelSpec("strided_cnn", (1, 8, 8), 4)
+SIGMOID = ModelSpec("dlg_lenet", (1, 8, 8), 4)
 
 
 def gradient_at(module: nn.Module, x: Tensor, y: Tensor) -> Gradient:

@@ -24,7 +24,7 @@ from flowerbed.strategies.attacks.presets import ATTACKS
 from flowerbed.strategies.attacks.spaces import Rows
 
 SHAPE, CLASSES = (1, 20, 24), 4
-VICTIM = ModelSpec("strided_cnn", SHAPE, CLASSES, {"activation": "leaky_relu", "uniform": 0.0})
+VICTIM = ModelSpec("dlg_lenet", SHAPE, CLASSES, {"activation": "leaky_relu", "uniform": 0.0})
 ROWS = Rows(1, 2, 3, SHAPE, CLASSES, SCALE, 0)
 
 
