@@ -320,8 +320,9 @@ class Simulation:
             plain.pop("defence")
         if not self.local.replacement:
             plain["local"].pop("replacement")
-        if self.local.eps == LocalParams().eps:
-            plain["local"].pop("eps")
+        for key in ("beta_2", "eps"):
+            if getattr(self.local, key) == getattr(LocalParams(), key):
+                plain["local"].pop(key)
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -64,7 +64,7 @@ def test_stacked_optimizers_are_torchs(
 ) -> None:
     """Clients with unequal numbers of steps and, where asked, unequal learning rates."""
     params = LocalParams(
-        optimizer=optimizer, momentum=momentum, weight_decay=decay, clip_norm=bound,
+        optimizer=optimizer, momentum=momentum, weight_decay=decay, clip_norm=bound, beta_2=0.95 if vary else 0.999,
         nesterov=nesterov and optimizer == "sgd" and momentum > 0,
     )  # fmt: skip
     lengths = sorted(lengths, reverse=True)
@@ -107,7 +107,10 @@ def torch_optimizer(params: LocalParams, parameters: list[nn.Parameter]) -> torc
         )
     kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
     return kind(
-        parameters, betas=(params.momentum or 0.9, 0.999), weight_decay=params.weight_decay, eps=params.eps
+        parameters,
+        betas=(params.momentum or 0.9, params.beta_2),
+        weight_decay=params.weight_decay,
+        eps=params.eps,
     )
 
 

@@ -17,7 +17,15 @@ from flowerbed.models.generators import Gan, gan32
 from flowerbed.strategies.gan import GanParams, framed
 
 MODEL = {"name": "test_gan:tiny_gan"}
-LOCAL = {"steps": 2, "batch_size": 16, "optimizer": "adam", "momentum": 1e-8, "lr": 0.01, "persist": True}
+LOCAL = {
+    "steps": 2,
+    "batch_size": 16,
+    "optimizer": "adam",
+    "momentum": 1e-8,
+    "beta_2": 0.9,
+    "lr": 0.01,
+    "persist": True,
+}
 
 
 def tiny_gan(input_shape: tuple[int, ...], num_classes: int) -> Gan:
@@ -27,7 +35,7 @@ def tiny_gan(input_shape: tuple[int, ...], num_classes: int) -> Gan:
 
 def twin(net: Gan, x: Tensor, y: Tensor, scale: Scale, rounds: int, steps: int, ema: float) -> None:
     """Train by the book: torch's Adam, discriminator first, on the documented batches and codes."""
-    betas = (1e-8, 0.999)
+    betas = (1e-8, 0.9)
     critic = torch.optim.Adam(net.discriminator.parameters(), 0.015, betas)
     generator = torch.optim.Adam(net.generator.parameters(), 0.01, betas)
     per_epoch = -(-len(y) // 16)
