@@ -27,7 +27,7 @@ $(VENV)/.simulation: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,privacy,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,privacy,attacks,dev]"
 	touch $@
 
 clean:

@@ -50,6 +50,7 @@ TOGETHER = 128
 OPTIMIZER_STEPS = "optimizer-steps"
 """All steps of a round, as a cost; ``steps`` is what an algorithm counts for its own arithmetic."""
 CONFIG = "config"
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class ClientSpec:
     mask: str = "none"
     """Classes left out of every prediction that a client evaluates: none, or those without any of its train or
     test samples."""
+    validation: Partition | None = None
+    """Shares of the data set's validation split, where it has one."""
 
     def __call__(self) -> SimulatedApp:
         """Build the ClientApp: grids take the spec itself as their factory."""
@@ -360,13 +363,14 @@ class Worker:
             task=self.task,
             local=self.spec.local,
             open_train=lambda: self._data(client),
-            open_test=lambda: self._data(client, test=True),
+            open_test=lambda: self._data(client, TEST),
             state=state,
             device=self.device,
             deadline=time.monotonic() + sent.time_limit if sent.time_limit else None,
             version=sent.version,
             fast=self.fast,
             open_initial=lambda: self.initial,
+            open_validation=(lambda: self._data(client, VALIDATION)) if self.spec.validation else None,
         )
 
     def _absent(self, local: LocalRound) -> Tensor | None:
@@ -427,16 +431,20 @@ class Worker:
             self.spec.store.write(local.client, local.version, local.state)
         return reply, {OPTIMIZER_STEPS: local.optimizer_steps}
 
-    def _data(self, client: int, *, test: bool = False) -> ClientData:
-        return self._views.get((client, test), lambda: self._make_data(client, test))
+    def _data(self, client: int, name: str = TRAIN) -> ClientData:
+        return self._views.get((client, name), lambda: self._make_data(client, name))
 
-    def _make_data(self, client: int, test: bool) -> ClientData:
-        dataset = self.spec.dataset
-        partition = self.spec.test if test else self.spec.train
-        split = dataset.test if test else dataset.train
+    def _make_data(self, client: int, name: str) -> ClientData:
+        spec, dataset = self.spec, self.spec.dataset
+        split, partition = {
+            TRAIN: (dataset.train, spec.train),
+            TEST: (dataset.test, spec.test),
+            VALIDATION: (dataset.validation, spec.validation),
+        }[name]
         indices = partition.indices(client) if partition is not None else np.empty(0, dtype=np.int64)
+        assert split is not None
         data = ClientData.view(dataset, split, indices, self.device)
-        if not test:
+        if name == TRAIN:
             for transform in self.spec.transforms:
                 data = transform.data(client, data)
         return data

@@ -25,7 +25,7 @@ GATHER_BYTES = 2**21
 LABELLED = "labelled"
 """Extra of a semi-supervised split: bool, whether the client sees the sample's label."""
 CLEAN = "clean"
-"""Extra beside it: the true label of every sample, for measuring pseudo-labels and for nothing else."""
+"""Extra beside it, and of sets with noisy labels: the true label of every sample, for measuring and nothing else."""
 UNLABELLED = -1
 """The label that a client sees where it sees none."""
 
@@ -53,7 +53,8 @@ class ClientData:
         labels = split.labels[index].to(device)
         extras = {name: values[index].to(device) for name, values in split.extras.items()}
         if LABELLED in extras:
-            extras[CLEAN] = labels
+            # Where labels are noisy, the set knows better.
+            extras.setdefault(CLEAN, labels)
             labels = torch.where(extras[LABELLED], labels, UNLABELLED)
         inputs = dataset.prepare(split.inputs[index]).to(device)
         return cls(inputs, labels, index.to(device), extras, Scale(dataset.mean, dataset.std))
@@ -113,7 +114,10 @@ class ViewCache:
 
 
 class BatchOrder:
-    """Which rows the step at a given clock holds: a fresh permutation for each epoch of the run."""
+    """Which rows the step at a given clock holds: a fresh permutation for each epoch of the run.
+
+    With ``local.replacement`` independent draws take the permutation's place.
+    """
 
     def __init__(
         self, local: LocalParams, examples: int, seed: int, client: int, purpose: str = "data order"
@@ -121,6 +125,7 @@ class BatchOrder:
         self._size = local.batch_size or examples
         self._per_epoch = local.batches_per_epoch(examples)
         self._examples = examples
+        self._replacement = local.replacement
         self._key = (seed, purpose, client)
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
@@ -129,7 +134,11 @@ class BatchOrder:
         """Return the rows (int64, at most ``batch_size``) of clock ``step``."""
         epoch, position = divmod(step, self._per_epoch)
         if epoch != self._epoch:
-            order = seeds.numpy_rng(*self._key, epoch).permutation(self._examples)
+            rng = seeds.numpy_rng(*self._key, epoch)
+            if self._replacement:
+                order = rng.integers(self._examples, size=self._per_epoch * self._size)
+            else:
+                order = rng.permutation(self._examples)
             self._permutation, self._epoch = torch.from_numpy(order), epoch
         return self._permutation[position * self._size : (position + 1) * self._size]
 

@@ -5,8 +5,8 @@ Both kinds keep their state by field and parameter name, in the groups that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,11 +37,13 @@ class UpdateRule(Protocol):
         """Put back what ``state`` returned; does nothing where the client has no such state yet."""
 
 
-def update_rule(params: LocalParams, moving: Mapping[str, Tensor]) -> UpdateRule:
-    """Return the rule of ``params`` for the named parameters."""
+def update_rule(
+    params: LocalParams, moving: Mapping[str, Tensor], decayed: Collection[str] | None = None
+) -> UpdateRule:
+    """Return the rule of ``params`` for the named parameters; weight decay acts on those in ``decayed``, or on all."""
     if not moving:
         raise ClientError("every parameter is frozen, there is nothing to train")
-    return Sgd(params, moving) if params.optimizer == "sgd" else Adam(params, moving)
+    return (Sgd if params.optimizer == "sgd" else Adaptive)(params, moving, decayed)
 
 
 class Sgd:
@@ -49,9 +51,11 @@ class Sgd:
 
     FIELD = "momentum_buffer"
 
-    def __init__(self, params: LocalParams, moving: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, params: LocalParams, moving: Mapping[str, Tensor], decayed: Collection[str] | None = None
+    ) -> None:
         self._momentum, self._nesterov = params.momentum, params.nesterov
-        self._weight_decay = params.weight_decay
+        self._weight_decay, self._decayed = params.weight_decay, decayed
         self.plain = not (params.momentum or params.weight_decay)
         self._moving = moving
         self._buffers: dict[str, Tensor] = {}
@@ -66,8 +70,13 @@ class Sgd:
     def _directions(self, found: Mapping[str, Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Return along what each parameter moves."""
         steps = list(found.values())
-        if self._weight_decay:
+        if self._weight_decay and self._decayed is None:
             steps = list(torch._foreach_add(steps, weights, alpha=self._weight_decay))
+        elif self._weight_decay:
+            pairs = zip(found.items(), weights, strict=True)
+            steps = [
+                g.add(w, alpha=self._weight_decay) if n in (self._decayed or ()) else g for (n, g), w in pairs
+            ]
         if not self._momentum:
             return steps
         buffers = self._accumulated(dict(zip(found, steps, strict=True)))
@@ -93,19 +102,31 @@ class Sgd:
         self._buffers = {n: kept[n].clone().to(p.device) for n, p in self._moving.items() if n in kept}
 
 
-class Adam:
-    """``torch.optim.Adam`` or ``AdamW``."""
+class Adaptive:
+    """``torch.optim.Adam``, ``AdamW`` or ``RMSprop``."""
 
     plain = False
 
-    def __init__(self, params: LocalParams, moving: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, params: LocalParams, moving: Mapping[str, Tensor], decayed: Collection[str] | None = None
+    ) -> None:
         self._moving = moving
-        self._optimizer = (torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW)(
-            list(moving.values()),
-            lr=params.lr,
-            betas=(params.momentum or 0.9, 0.999),
-            weight_decay=params.weight_decay,
-        )
+        spared = [p for n, p in moving.items() if decayed is not None and n not in decayed]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in moving.items() if decayed is None or n in decayed]}
+        ]
+        if spared:
+            groups.append({"params": spared, "weight_decay": 0.0})
+        decay = params.weight_decay
+        self._optimizer: torch.optim.Optimizer
+        if params.optimizer == "rmsprop":
+            self._optimizer = torch.optim.RMSprop(
+                groups, lr=params.lr, momentum=params.momentum, weight_decay=decay, eps=params.eps
+            )
+        else:
+            kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
+            betas = (params.momentum or 0.9, 0.999)
+            self._optimizer = kind(groups, lr=params.lr, betas=betas, weight_decay=decay, eps=params.eps)
 
     def step(self, gradients: Gradients, lr: float) -> None:
         for name, parameter in self._moving.items():

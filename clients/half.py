@@ -18,7 +18,7 @@ from flowerbed.clients.data import Batch
 from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained, shared_model
 from flowerbed.clients.training import (
     Batches,
-    Compute,
+    Evaluation,
     Hooks,
     StepGradients,
     backpropagate,
@@ -54,6 +54,10 @@ class ClientHalf:
         """Return the parameters that local training does not move."""
         return frozenset()
 
+    def decayed(self, info: ModelInfo) -> frozenset[str] | None:
+        """Return the parameters that weight decay acts on; None means all that move."""
+        return None
+
     # The gradient level.
 
     def begin(self, local: LocalRound) -> Extras:
@@ -75,11 +79,11 @@ class ClientHalf:
         """Return the scalar loss of a batch and further scalars to report. Pure."""
         return task.mean_loss(model(batch["x"]), batch["y"]), {}
 
-    def estimate(self, compute: Compute, parameters: Mapping[str, Tensor]) -> StepGradients:
+    def estimate(self, compute: Evaluation, parameters: Mapping[str, Tensor]) -> StepGradients:
         """Return loss, metrics and gradients of a step; ``compute()`` evaluates the loss where it stands.
 
         The default differentiates once. An override may move the parameters in place and evaluate again
-        (sharpness-aware steps, finite differences), but puts them back.
+        (sharpness-aware steps), but puts them back; or evaluate the loss at other parameters, ``compute.at``.
         """
         return backpropagate(compute, parameters)
 
@@ -109,6 +113,7 @@ class ClientHalf:
             frozen=self.frozen(local.info),
             batches=self.batches(local),
             further=self.further(extras),
+            decayed=self.decayed(local.info),
         )
         streams = self.end(local, trained, extras)
         counted = {"num-examples": trained.examples, "steps": trained.steps, **trained.counts}

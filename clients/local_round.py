@@ -15,6 +15,7 @@ from flowerbed.clients.data import Batch, ClientData
 from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState
+from flowerbed.errors import ClientError
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
@@ -85,6 +86,7 @@ class LocalRound:
     """The fast forms of the model's layers, which ``train`` then uses where it may; None is the strict engine."""
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
+    open_validation: Callable[[], ClientData] | None = None
 
     @cached_property
     def train_data(self) -> ClientData:
@@ -95,6 +97,16 @@ class LocalRound:
     def test_data(self) -> ClientData:
         """The client's own test samples; loaded when first asked for."""
         return self.open_test()
+
+    @cached_property
+    def validation_data(self) -> ClientData:
+        """The client's own samples for choosing settings; raises ``ClientError`` where the data set has none."""
+        if self.open_validation is None:
+            raise ClientError(
+                "the algorithm chooses by validation samples and the data set has none; use one that has, such as "
+                "dataset=excerpt with dataset.validation_per_class"
+            )
+        return self.open_validation()
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return this client's own random stream for ``purpose`` in this round."""

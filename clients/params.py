@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flowerbed.errors import require
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 ENGINES = ("strict", "fast")
 PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "exponential", "multistep")
@@ -33,13 +33,18 @@ class LocalParams:
     """Samples a step (B); 0 means the whole client data at once."""
     drop_last: bool = False
     """Leave out the last, smaller batch of an epoch (never the only one)."""
+    replacement: bool = False
+    """Draw every sample of every step independently, with replacement, instead of going through a permutation; all
+    batches then have ``batch_size`` samples, and an epoch is but a number of steps."""
     optimizer: str = "sgd"
-    """sgd, adam or adamw, as in ``torch.optim``."""
+    """sgd, adam, adamw or rmsprop, as in ``torch.optim``."""
     lr: float = 0.1
     """Learning rate at the first step."""
     momentum: float = 0.0
-    """Heavy-ball momentum (sgd) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
+    """Heavy-ball momentum (sgd, rmsprop) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
     nesterov: bool = False
+    eps: float = 1e-8
+    """Added to the denominator of adam, adamw and rmsprop, as in ``torch.optim``."""
     weight_decay: float = 0.0
     schedule: str = "constant"
     """constant; cosine (to zero at the end of the run, per step); exponential (``lr * lr_decay**(t - 1)``);
@@ -91,6 +96,7 @@ class LocalParams:
             "local.nesterov needs local.optimizer=sgd and a local.momentum above 0.",
         )
         require(self.weight_decay >= 0, f"local.weight_decay is {self.weight_decay}; give 0 or more.")
+        require(math.isfinite(self.eps) and self.eps > 0, f"local.eps is {self.eps}; give a number above 0.")
         require(self.clip_norm >= 0, f"local.clip_norm is {self.clip_norm}; give 0 (off) or more.")
         require(self.lr_decay > 0, f"local.lr_decay is {self.lr_decay}; give a number above 0.")
         object.__setattr__(self, "milestones", tuple(self.milestones))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -27,7 +27,6 @@ Compute = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 """Evaluates the loss of the current batch at the current parameters: (loss, further scalars)."""
 StepGradients = tuple[Tensor, Mapping[str, Tensor], Gradients]
 """Loss, further scalars, and the gradient of each parameter (None where the loss does not depend on it)."""
-Estimate = Callable[[Compute, Mapping[str, Tensor]], StepGradients]
 Correct = Callable[[Tensors, Mapping[str, Tensor], Extras], Tensors]
 AfterStep = Callable[[Step], None]
 Batches = Callable[[int], Batch]
@@ -37,6 +36,36 @@ GENERATOR_GROUP = "generator"
 
 class TimeLimitError(ClientError):
     """The client ran out of the time that the server gave it."""
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """The loss of one step's batch: call it for (loss, further scalars) where the parameters stand.
+
+    What it is made of is there for estimates that evaluate it elsewhere, many at a time.
+    """
+
+    loss: Loss
+    parts: ModelParts
+    batch: Batch
+    extras: Extras
+    task: Task
+
+    def __call__(self) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self.loss(self.parts, self.batch, self.extras, self.task)
+
+    def at(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss with ``tensors`` in place of the model's own of these names, parameters or buffers.
+
+        Works under ``torch.func``. Buffers that are not named and that the model updates are updated.
+        """
+        buffers = {n: tensors.get(n, b) for n, b in self.parts.buffers.items()}
+        parameters = {n: tensors.get(n, p) for n, p in self.parts.parameters.items()}
+        moved = replace(self.parts, parameters=parameters, buffers=buffers, in_place=False)
+        return self.loss(moved, self.batch, self.extras, self.task)[0]
+
+
+Estimate = Callable[[Evaluation, Mapping[str, Tensor]], StepGradients]
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,7 @@ def train(
     steps: range | None = None,
     batches: Batches | None = None,
     further: Mapping[str, Tensor] | None = None,
+    decayed: Collection[str] | None = None,
     scope: str = "",
 ) -> Trained:
     """Run optimizer steps on the resident model, in place.
@@ -70,10 +100,11 @@ def train(
     integer tensors are counts and add up, other scalars are averaged, and other tensors (by-products such as the
     outputs) go to ``after_step`` and no further. Parameters named in ``frozen`` do not move;
     those in ``further`` (leaf tensors that the loss finds in ``extras``) move beside the model's, clipped apart
-    from them. By default the steps are those of this round on the client's own batches: ``params``
-    replaces the local parameters and brings a clock of its own, ``steps`` replaces the clocks, ``batches``
-    (clock to batch) the data. With ``params.persist`` the optimizer state and the modules' random stream come
-    from and return to ``local.state``; ``scope`` keeps several trainings of one round apart there.
+    from them. Weight decay acts on what ``decayed`` names, by default on all. By default the steps are those of
+    this round on the client's own batches: ``params`` replaces the local parameters and brings a clock of its own,
+    ``steps`` replaces the clocks, ``batches`` (clock to batch) the data. With ``params.persist`` the optimizer state
+    and the modules' random stream come from and return to ``local.state``; ``scope`` keeps several trainings of one
+    round apart there.
     """
     clock, hooks, further = local.clock, hooks or Hooks(), further or {}
     if params is None:
@@ -87,7 +118,7 @@ def train(
     for tensor in further.values():
         tensor.requires_grad_()
     moving = {**own, **further}
-    rule = update_rule(params, moving)
+    rule = update_rule(params, moving, decayed)
     if params.persist:
         rule.restore(local.state, scope)
     batches = batches or own_batches(local, params)
@@ -114,10 +145,7 @@ def train(
             if fast is not None:
                 fast.lr = lr
 
-            def compute(batch: Batch = batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-                return loss(parts, batch, extras, local.task)
-
-            value, metrics, gradients = estimate(compute, moving)
+            value, metrics, gradients = estimate(Evaluation(loss, parts, batch, extras, local.task), moving)
             if hooks.correct is not None:
                 gradients = _corrected(hooks.correct, gradients, moving, extras)
             if params.clip_norm:

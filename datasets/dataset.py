@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the platform: two splits of tensors and the facts about them."""
+"""What a data set is to the rest of the platform: its splits of tensors and the facts about them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set with its fixed train and test split.
+    """A data set with its fixed train and test split, and perhaps a third one to choose settings by.
 
     ``classes`` names the values of the labels (for next-token tasks: the vocabulary). ``mean`` and ``std``
     have one entry, or one per channel (images) or feature; images are scaled to [0, 1] before they apply.
@@ -93,12 +93,16 @@ class Dataset:
     std: tuple[float, ...]
     domains: tuple[str, ...] = ()
     task: Task = "classification"
+    validation: Split | None = None
+    """Samples that are neither trained nor tested on; clients hold them as they hold test samples."""
 
     def __post_init__(self) -> None:
-        if self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
-            shapes = f"{tuple(self.train.inputs.shape[1:])} and {tuple(self.test.inputs.shape[1:])}"
-            raise DataError(f"The train and test inputs of '{self.name}' differ in shape: {shapes}.")
-        for label, split in (("train", self.train), ("test", self.test)):
+        others = {"test": self.test} | ({} if self.validation is None else {"validation": self.validation})
+        for label, split in others.items():
+            if self.train.inputs.shape[1:] != split.inputs.shape[1:]:
+                shapes = f"{tuple(self.train.inputs.shape[1:])} and {tuple(split.inputs.shape[1:])}"
+                raise DataError(f"The train and {label} inputs of '{self.name}' differ in shape: {shapes}.")
+        for label, split in {"train": self.train, **others}.items():
             _check_range(f"{label} labels of '{self.name}'", split.labels, len(self.classes))
             if "domain" in split.extras:
                 _check_range(f"{label} domains of '{self.name}'", split.extras["domain"], len(self.domains))

@@ -13,6 +13,7 @@ from typing import Any
 from flowerbed.datasets import cache
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.digits import Digits
+from flowerbed.datasets.excerpt import Excerpt, NoisyLabels
 from flowerbed.datasets.files import Found, Progress, Search
 from flowerbed.datasets.images import Cifar10, Cifar100, FashionMnist, Mnist, Usps
 from flowerbed.datasets.npz import NpzFile
@@ -35,6 +36,8 @@ DATASETS.add("cifar100", Cifar100)
 DATASETS.add("pacs", Pacs)
 DATASETS.add("restyled", Restyled)
 DATASETS.add("shakespeare", Shakespeare)
+DATASETS.add("excerpt", Excerpt)
+DATASETS.add("noisy_labels", NoisyLabels)
 
 _NPZ = "npz:"
 

@@ -27,12 +27,13 @@ examples:
   flowerbed explain grid.engine=auto model=mlp      which exchange, engine and kernel would be used, and why
   flowerbed check my_package:MyStrategy             does my own strategy keep the contract
   flowerbed reproduce ps-kd                         a paper: its arms, seeds, claims and verdicts
+  flowerbed attack runs/watched attack=ig           what single clients gave away, see flowerbed attack --help
   flowerbed papers                                  every paper, and what its record says
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
-LISTS = ("models", "strategies", "datasets", "partitions", "encoders")
+LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
 BENCHMARKS = ("overhead", "speed", "scale")
 
 
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.reproduction import command
 
             return command.main(arguments[1:], as_json)
+        if arguments[:1] == ["attack"]:
+            from flowerbed.experiments.leakage import command as attack
+
+            return attack.main(arguments[1:], as_json)
         if arguments[:1] == ["papers"]:
             from flowerbed.experiments.reproduction import papers_command
 
@@ -101,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
     )
-    listing = commands.add_parser("list", help="list models, strategies, datasets, partitions or encoders")
+    listing = commands.add_parser(
+        "list", help="list models, strategies, datasets, partitions, encoders or defences"
+    )
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "pattern", nargs="?", default="*", help="glob on the names, e.g. 'resnet*' or 'timm:*'"
@@ -125,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce",
         add_help=False,
         help="run a paper's arms and judge its claims: reproduce SLUG [KEY=VALUE ...]",
+    )
+    commands.add_parser(
+        "attack",
+        add_help=False,
+        help="attack what a run's server saw of single clients: attack RUN [KEY=VALUE ...]",
     )
     commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")

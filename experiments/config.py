@@ -27,6 +27,7 @@ IDENTITY = (
     "initial",
     "federation",
     "local",
+    "defence",
     "privacy",
     "byzantine",
     "secure",
@@ -133,11 +134,14 @@ class InitialParams:
     weights: str | None = None
     """A safetensors file with some or all tensors of the model by name, such as a run's model.safetensors; the
     others are drawn as always. None draws all."""
+    part: str = "all"
+    """all: every tensor of the file; backbone: all but the head, which is drawn (a model of another task)."""
     sha256: str = ""
     """Digest of that file; a run fills it in, and refuses another file under the same name."""
 
     def __post_init__(self) -> None:
         require(bool(self.weights) or not self.sha256, "initial.sha256 needs initial.weights=FILE.")
+        require(self.part in ("all", "backbone"), f"initial.part is '{self.part}'; choose all or backbone.")
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,29 @@ class RunParams:
 
 
 @dataclass(frozen=True)
+class ObserveParams:
+    """What is kept of the exchange with single clients, for attacks: in the run directory, under observations."""
+
+    rounds: tuple[int, ...] = ()
+    """Rounds whose exchanges are kept; () keeps none."""
+    clients: tuple[int, ...] = ()
+    """Clients that are observed; () means all that answer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", tuple(self.rounds))
+        object.__setattr__(self, "clients", tuple(self.clients))
+        require(
+            all(round_ >= 1 for round_ in self.rounds),
+            f"observe.rounds is {list(self.rounds)}; rounds count from 1.",
+        )
+        require(
+            all(client >= 0 for client in self.clients),
+            f"observe.clients is {list(self.clients)}; clients count from 0.",
+        )
+        require(bool(self.rounds) or not self.clients, "observe.clients needs observe.rounds.")
+
+
+@dataclass(frozen=True)
 class TrackingParams:
     """Experiment tracking beside the run directory."""
 
@@ -225,6 +252,7 @@ class Simulation:
     initial: InitialParams = field(default_factory=InitialParams)
     federation: FederationParams = field(default_factory=FederationParams)
     local: LocalParams = field(default_factory=LocalParams)
+    defence: Choice = Choice("none")
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
@@ -233,11 +261,16 @@ class Simulation:
     data: DataParams = field(default_factory=DataParams)
     grid: GridParams = field(default_factory=GridParams)
     cohort: CohortOptions = field(default_factory=CohortOptions)
+    observe: ObserveParams = field(default_factory=ObserveParams)
     run: RunParams = field(default_factory=RunParams)
     tracking: TrackingParams = field(default_factory=TrackingParams)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        require(
+            not self.observe.rounds or self.run.dir is not None,
+            "observe.rounds keeps exchanges in the run directory; give run.dir.",
+        )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Simulation:
@@ -279,8 +312,16 @@ class Simulation:
         for section, key in (("initial", "sha256"), ("evaluation", "measures")):
             if not plain[section][key]:
                 plain[section].pop(key)
+        if self.initial.part == "all":
+            plain["initial"].pop("part")
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
+        if self.defence.name == "none":
+            plain.pop("defence")
+        if not self.local.replacement:
+            plain["local"].pop("replacement")
+        if self.local.eps == LocalParams().eps:
+            plain["local"].pop("eps")
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -297,10 +338,11 @@ SECTIONS: dict[str, type] = {
     "data": DataParams,
     "grid": GridParams,
     "cohort": CohortOptions,
+    "observe": ObserveParams,
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "encoder", "model")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence")
 
 
 def _section(key: str, value: Any) -> Any:

@@ -18,6 +18,7 @@ PLURALS = {
     "datasets": "dataset",
     "partitions": "partition",
     "encoders": "encoder",
+    "defences": "defence",
 }
 
 

@@ -131,6 +131,8 @@ def mean_batch(local: LocalParams, sizes: npt.NDArray[np.int64]) -> float:
         own, batches = local.steps_per_round(n), local.batches_per_epoch(n)
         # An epoch visits every sample once, unless its last batch is dropped.
         visits = batches * min(local.batch_size or n, n) if local.drop_last else n
+        if local.replacement:
+            visits = batches * (local.batch_size or n)
         samples += clients * own * visits / batches
         steps += clients * own
     return samples / steps

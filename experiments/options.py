@@ -22,7 +22,7 @@ from flowerbed.registry import Registry
 
 REQUIRED: Final = dataclasses.MISSING
 """The default of an option that must be given."""
-KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model")
+KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model", "defence")
 """The kinds of things that are chosen by name."""
 
 
@@ -73,6 +73,10 @@ def registry(kind: str) -> Registry[Any]:
         from flowerbed.models.zoo import MODELS
 
         return MODELS
+    if kind == "defence":
+        from flowerbed.clients.defences import DEFENCES
+
+        return DEFENCES
     raise ConfigError(unknown_name("kind of thing", kind, KINDS))
 
 

@@ -92,7 +92,8 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
     asked = ModelSpec(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
-    model = replace(strategy.model_spec(asked), weights=simulation.initial.weights)
+    initial = simulation.initial
+    model = replace(strategy.model_spec(asked), weights=initial.weights, part=initial.part)
     module = model.build(simulation.seed)
     info = ModelInfo.of(module)
     strategy.setup(
@@ -141,9 +142,10 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         mask=simulation.evaluation.mask,
         engine=simulation.grid.engine,
         cohort=simulation.cohort,
+        validation=validation_partition(simulation, dataset, train),
     )
-    initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return Parts(simulation, dataset, train, test, spec, strategy, initial)
+    first = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return Parts(simulation, dataset, train, test, spec, strategy, first)
 
 
 def fast_routes(simulation: Simulation, module: torch.nn.Module) -> Routes | None:
@@ -168,6 +170,7 @@ def completed(simulation: Simulation) -> Simulation:
         partition=whole("partition", simulation.partition),
         encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
+        defence=whole("defence", simulation.defence),
     )
 
 
@@ -184,7 +187,7 @@ def digested(initial: InitialParams) -> InitialParams:
             f"initial.weights={initial.weights} is not the file that this run began with; bring that one back, or "
             "start a new run."
         )
-    return InitialParams(str(Path(initial.weights).resolve()), found)
+    return replace(initial, weights=str(Path(initial.weights).resolve()), sha256=found)
 
 
 def build_strategy(choice: Choice) -> FederatedStrategy:
@@ -228,6 +231,16 @@ def build_partitions(simulation: Simulation, dataset: Dataset) -> tuple[Partitio
         return share, share.of_test(len(dataset.test))
     counts = share.class_counts(by_class, dataset.num_classes)
     return share, matched_test_partition(first_label(dataset.test.labels), counts, simulation.seed)
+
+
+def validation_partition(simulation: Simulation, dataset: Dataset, train: Partition) -> Partition | None:
+    """Return the clients' shares of the validation split, made as those of the test set; None where there is none."""
+    if dataset.validation is None:
+        return None
+    if isinstance(train, DrawnPartition):
+        return train.of_test(len(dataset.validation))
+    counts = train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
+    return matched_test_partition(first_label(dataset.validation.labels), counts, simulation.seed)
 
 
 def divide_with_server(simulation: Simulation, dataset: Dataset) -> tuple[Tensor, Tensor | None]:

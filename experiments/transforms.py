@@ -4,41 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.byzantine import attack_transforms, byzantine_clients, make_trigger
+from flowerbed.clients.defences import DEFENCES, Defence
 from flowerbed.clients.privacy import LocalPrivacy
 from flowerbed.clients.secure import SecureMasking
 from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
 from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import require
-from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.storage import Tensors
+from flowerbed.strategies.attacks.observer import Observer
 from flowerbed.strategies.base import FederatedStrategy, ServerTransform
 from flowerbed.strategies.collusion import InnerProductManipulation
 from flowerbed.strategies.privacy import CentralPrivacy, LocalLedger
 from flowerbed.strategies.secure import SecureAggregation
 
+OBSERVATIONS = "observations"
+"""The folder of a run directory that holds what the server saw of single clients."""
+
 
 def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientTransform, ...]:
     """Return every client's transforms: what byzantine clients forge need not keep to the privacy of honest ones.
 
-    Masks come last, around whatever is sent.
+    Defences come first, so that privacy holds for what is sent, masks come last, around whatever is sent.
     """
     privacy, byzantine = simulation.privacy, simulation.byzantine
     members = byzantine_clients(byzantine, simulation.federation.clients, simulation.seed)
+    defended = simulation.defence.name != "none"
+    defence = (build_defence(simulation.defence),) if defended else ()
     honest = (LocalPrivacy(privacy.clip, privacy.noise),) if privacy.mode == "local" else ()
     attack = attack_transforms(byzantine, members, dataset, simulation.seed)
     masking = (SecureMasking(simulation.secure),) if simulation.secure.enabled else ()
-    return (*honest, *attack, *masking)
+    return (*defence, *honest, *attack, *masking)
+
+
+def build_defence(choice: Choice) -> Defence:
+    """Return the defence of that name, or import path, with its options."""
+    kind = DEFENCES.get(choice.name)
+    found = build(kind, choice.options, "defence")
+    assert isinstance(found, Defence)
+    return found
 
 
 def server_transforms(
@@ -46,11 +62,26 @@ def server_transforms(
 ) -> tuple[ServerTransform, ...]:
     """Return what stands before the algorithm; raises ``ConfigError`` for what privacy cannot protect.
 
-    Byzantine clients that collude come first: what they forge is what arrives.
+    Whoever observes comes first, where replies are as they arrive. Byzantine clients that collude come next: what they
+    forge is what arrives.
     """
     federation, byzantine, privacy = simulation.federation, simulation.byzantine, simulation.privacy
     asked = min(math.ceil(federation.wanted * (1 + federation.oversample)), federation.clients)
     found: list[ServerTransform] = []
+    observe = simulation.observe
+    if observe.rounds:
+        assert simulation.run.dir is not None
+        assert strategy.setting is not None
+        assert strategy.setting.server is not None
+        found.append(
+            Observer(
+                Path(simulation.run.dir) / OBSERVATIONS,
+                strategy.setting.server.model,
+                clients=observe.clients or None,
+                rounds=observe.rounds,
+                first_node=FIRST_NODE_ID,
+            )
+        )
     if simulation.secure.enabled:
         _require_maskable(simulation, strategy)
         everyone = any(phase.everyone for phase in strategy.phases(federation.rounds))

@@ -106,6 +106,8 @@ class ModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     """A safetensors file with initial values for some or all tensors of the state dict, by name."""
+    part: str = "all"
+    """What is taken from that file: all of it, or the backbone, for another task than the file's."""
 
     def build(self, seed: int) -> nn.Module:
         """Return the model on the CPU; its initial weights are a pure function of this spec and ``seed``.
@@ -118,13 +120,14 @@ class ModelSpec:
 
         model = build_model(self.name, self.input_shape, self.num_classes, seed, **self.options)
         if self.weights is not None:
-            load_weights(model, self.weights)
+            load_weights(model, self.weights, self.part)
         return model
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, part: str = "all") -> None:
     """Put the tensors of a safetensors file into ``model`` by name; what the file lacks stays as it is.
 
+    Of the ``part`` called ``backbone`` is all but the head: the head may be of any size, and this one's stays as it is.
     Raises ``ConfigError`` if the file cannot be read, is of another model, or shares no tensor with this one.
     """
     try:
@@ -132,6 +135,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"The weights {path} cannot be read: {error}.") from error
     own = model.state_dict(keep_vars=True)
+    if part == "backbone":
+        known = roles(model)
+        given = {n: v for n, v in given.items() if known.get(n) != "head" and not n.startswith("head.")}
     strange = sorted(given.keys() - own.keys())
     if strange or not given:
         what = f"has no tensor '{strange[0]}'" if strange else "gets nothing from it"

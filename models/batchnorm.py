@@ -1,8 +1,9 @@
-"""The running statistics of batch norm, computed anew for weights that no batch has been through."""
+"""The running statistics of batch norm: computed anew for weights that no batch has been through, or held fixed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,3 +35,16 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         layer.momentum = momentum
     for module, training in modes:
         module.training = training
+
+
+@contextmanager
+def fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norm layers use their running statistics and do not move them, whatever the model's mode."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

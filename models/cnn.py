@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from flowerbed.errors import ConfigError, unknown_name
 from flowerbed.models.base import Net, Shape, classifier
 from flowerbed.models.layers import ChannelsLast, MaxPool, image_shape, norm
+
+ACTIVATIONS = {"sigmoid": nn.Sigmoid, "leaky_relu": nn.LeakyReLU}
+"""Those without a kink that hides the second derivative, or with a small one."""
 
 
 def lenet5(input_shape: Shape, num_classes: int) -> Net:
@@ -37,6 +41,29 @@ def lenet5(input_shape: Shape, num_classes: int) -> Net:
         nn.ReLU(),
     )
     return classifier(body, 84, num_classes)
+
+
+def dlg_lenet(input_shape: Shape, num_classes: int, activation: str = "sigmoid", uniform: float = 0.5) -> Net:
+    """Return three 5x5 convolutions of 12 channels (strides 2, 2, 1) and no pooling: the victim of gradient inversion.
+
+    With sigmoids and weights drawn from [-0.5, 0.5] it is the LeNet of Zhu et al. 2019 (Deep Leakage from Gradients):
+    twice differentiable, so that its gradients tell everything. ``activation``: sigmoid or leaky_relu; ``uniform``: the
+    bound of all initial weights and biases, 0 keeps PyTorch's.
+    """
+    channels, height, width = image_shape("dlg_lenet", input_shape)
+    if activation not in ACTIVATIONS:
+        raise ConfigError(unknown_name("activation of model 'dlg_lenet'", activation, ACTIVATIONS))
+    if uniform < 0:
+        raise ConfigError(f"Option uniform={uniform} of model 'dlg_lenet' must be 0 (PyTorch's own) or more.")
+    layers: list[nn.Module] = []
+    for before, stride in ((channels, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(before, 12, 5, stride, padding=2), ACTIVATIONS[activation]()]
+    features = 12 * -(-height // 4) * -(-width // 4)
+    net = classifier(nn.Sequential(*layers, nn.Flatten()), features, num_classes)
+    if uniform:
+        for parameter in net.parameters():
+            nn.init.uniform_(parameter, -uniform, uniform)
+    return net
 
 
 def leaf_cnn(input_shape: Shape, num_classes: int) -> Net:

@@ -81,9 +81,9 @@ class ModelParts:
         """
         return cls(module, parameters, buffers, in_place=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the outputs of a batch, ``(N, C)`` or ``(N, L, V)``."""
-        return self._apply(WHOLE, x)
+    def __call__(self, x: Tensor, *further: Tensor) -> Tensor:
+        """Return the outputs of a batch, ``(N, C)`` or ``(N, L, V)``; ``further`` are inputs beside ``x``, if any."""
+        return self._apply(WHOLE, x, *further)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features of a batch, ``(N, D)`` or ``(N, L, D)``; ``head`` of these are the outputs."""
@@ -93,16 +93,16 @@ class ModelParts:
         """Return the outputs that belong to the features ``z``."""
         return self._apply(HEAD, z)
 
-    def _apply(self, part: str, x: Tensor) -> Tensor:
+    def _apply(self, part: str, *inputs: Tensor) -> Tensor:
         if self.low is not None:
-            with torch.autocast(x.device.type, self.low):
-                return self._compute(part, x).float()
-        return self._compute(part, x)
+            with torch.autocast(inputs[0].device.type, self.low):
+                return self._compute(part, *inputs).float()
+        return self._compute(part, *inputs)
 
-    def _compute(self, part: str, x: Tensor) -> Tensor:
+    def _compute(self, part: str, *inputs: Tensor) -> Tensor:
         module = self._submodule(part) if part else self.module
         if self.in_place:
-            y: Tensor = module(x)
+            y: Tensor = module(*inputs)
             return y
         prefix = f"{part}." if part else ""
         tensors = {
@@ -111,7 +111,7 @@ class ModelParts:
             for name, tensor in group.items()
             if name.startswith(prefix)
         }
-        y = functional_call(module, tensors, (x,))
+        y = functional_call(module, tensors, inputs)
         return y
 
     def _submodule(self, part: str) -> nn.Module:

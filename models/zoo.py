@@ -11,7 +11,16 @@ from torch import nn
 
 from flowerbed import seeds
 from flowerbed.errors import ConfigError, unknown_name
-from flowerbed.models import cnn, dense, foreign, mobilenet, recurrent, resnet, transformer
+from flowerbed.models import (
+    cnn,
+    dense,
+    foreign,
+    imprint,
+    mobilenet,
+    recurrent,
+    resnet,
+    transformer,
+)
 from flowerbed.models.base import Builder, Net, Shape
 from flowerbed.registry import Registry
 
@@ -23,6 +32,7 @@ _BUILDERS: dict[str, Builder] = {
     "leaf_cnn": cnn.leaf_cnn,
     "pfl_cnn": cnn.pfl_cnn,
     "small_cnn": cnn.small_cnn,
+    "dlg_lenet": cnn.dlg_lenet,
     "resnet8": resnet.cifar_resnet(8),
     "resnet20": resnet.cifar_resnet(20),
     "resnet32": resnet.cifar_resnet(32),
@@ -35,6 +45,7 @@ _BUILDERS: dict[str, Builder] = {
     "gpt_tiny": transformer.gpt_tiny,
     "char_lstm": recurrent.char_lstm,
     "char_gru": recurrent.char_gru,
+    "imprinted": imprint.imprinted,
 }
 for _name, _builder in _BUILDERS.items():
     MODELS.add(_name, _builder)

@@ -11,7 +11,6 @@ from torch import Tensor
 from flowerbed.clients.params import LocalParams
 from flowerbed.storage import Tensors
 
-EPSILON = 1e-8
 BETA_2 = 0.999
 
 
@@ -72,7 +71,7 @@ class StackedOptimizer:
         mean.lerp_(gradient, 1 - beta_1)
         square.mul_(BETA_2).addcmul_(gradient, gradient.conj(), value=1 - BETA_2)
         size = math.sqrt(1 - BETA_2**self._steps)
-        return mean / (square.sqrt() / size).add_(EPSILON) / (1 - beta_1**self._steps)
+        return mean / (square.sqrt() / size).add_(self._params.eps) / (1 - beta_1**self._steps)
 
 
 def clip(gradients: Mapping[str, Tensor], bound: float) -> None:

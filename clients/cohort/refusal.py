@@ -10,6 +10,7 @@ UNSTACKABLE = {
     "hooks": "chooses the hooks of a step by itself",
     "batches": "makes its own batches",
     "further": "trains tensors beside the model's parameters",
+    "decayed": "lets weight decay act on some parameters only",
     "estimate": "makes its gradients by itself, evaluating the loss more than once",
     "after_step": "acts on the model after every step",
 }
@@ -33,6 +34,8 @@ def refusal(half: ClientHalf, local: LocalParams) -> str | None:
         return (
             "local.persist keeps each client's optimizer and random stream, which needs one client at a time"
         )
+    if local.optimizer == "rmsprop":
+        return "local.optimizer=rmsprop is of one client at a time"
     if local.precision != "float32":
         return (
             f"local.precision={local.precision} is of steps of one client at a time (cohort.precision is that of "

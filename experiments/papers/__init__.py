@@ -26,6 +26,7 @@ gradients without backpropagation      ``ClientHalf.estimate``
 an edit of the gradients               ``ClientHalf.correct``
 proximal steps, masks, averages        ``ClientHalf.after_step``, which sees the learning rate used
 learned tensors beside the model       ``ClientHalf.further``
+weights that decay, others that do not ``ClientHalf.decayed``
 several trainings, solvers, fits       ``ClientHalf.run``, calling ``train(...)`` as often as need be
 statistics before training             a phase of type ``query``, answered by ``ClientHalf.query``
 something between stages               ``FederatedStrategy.phases`` and ``start_phase``

@@ -54,23 +54,25 @@ def central_run(
     *,
     before: Callable[[nn.Module], None] | None = None,
     after: After | None = None,
+    decayed: Callable[[str], bool] | None = None,
 ) -> Tensors:
     """Train on all training data and return the state dict.
 
-    ``before`` acts on the initial model, ``after`` follows every optimizer step. Raises ``ConfigError`` for settings
+    ``before`` acts on the initial model, ``after`` follows every optimizer step, ``decayed`` says by name
+    which parameters weight decay acts on (by default all). Raises ``ConfigError`` for settings
     that are not part of the plain loop (augmentation, several clients).
     """
     local, rounds = simulation.local, simulation.federation.rounds
     require(simulation.federation.clients == 1, "A central run has one client; set federation.clients=1.")
-    if local.augment != "none" or not local.persist or local.clip_norm:
-        raise ConfigError("A central run needs local.augment=none, local.persist=true and local.clip_norm=0.")
+    if local.augment != "none" or not local.persist:
+        raise ConfigError("A central run needs local.augment=none and local.persist=true.")
     parts = build_parts(simulation)
     data, chosen = parts.dataset, torch.from_numpy(parts.train.indices(0).copy())
     x, y = data.prepare(data.train.inputs[chosen]), data.train.labels[chosen]
     net = parts.spec.model.build(simulation.seed)
     if before is not None:
         before(net)
-    optimizer = _optimizer(simulation, net)
+    optimizer = _optimizer(simulation, net, decayed or (lambda name: True))
     size = local.batch_size or len(y)
     per_epoch, per_round = local.batches_per_epoch(len(y)), local.steps_per_round(len(y))
     epochs = -(-rounds * per_round // per_epoch)
@@ -78,7 +80,9 @@ def central_run(
     with seeds.torch_stream(simulation.seed, "modules", 0):
         for number in range(rounds * per_round):
             epoch, place = divmod(number, per_epoch)
-            order = seeds.numpy_rng(simulation.seed, "data order", 0, epoch).permutation(len(y))
+            rng = seeds.numpy_rng(simulation.seed, "data order", 0, epoch)
+            drawn = local.replacement
+            order = rng.integers(len(y), size=per_epoch * size) if drawn else rng.permutation(len(y))
             rows = torch.from_numpy(order)[place * size : (place + 1) * size]
             lr = local.lr_at(number, per_round, rounds)
             step = CentralStep(
@@ -88,22 +92,29 @@ def central_run(
                 group["lr"] = lr
             optimizer.zero_grad()
             loss(step).backward()  # type: ignore[no-untyped-call]
+            if local.clip_norm:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), local.clip_norm)
             optimizer.step()
             if after is not None:
                 after(step)
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
-def _optimizer(simulation: Simulation, net: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(
+    simulation: Simulation, net: nn.Module, decayed: Callable[[str], bool]
+) -> torch.optim.Optimizer:
     local = simulation.local
+    groups = [
+        {
+            "params": [p for n, p in net.named_parameters() if decayed(n) == decays],
+            "weight_decay": local.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
     if local.optimizer == "sgd":
-        return torch.optim.SGD(
-            net.parameters(),
-            lr=local.lr,
-            momentum=local.momentum,
-            nesterov=local.nesterov,
-            weight_decay=local.weight_decay,
-        )
+        return torch.optim.SGD(groups, lr=local.lr, momentum=local.momentum, nesterov=local.nesterov)
+    if local.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=local.lr, momentum=local.momentum, eps=local.eps)
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
     betas = (local.momentum or 0.9, 0.999)
-    return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay)
+    return kind(groups, lr=local.lr, betas=betas, eps=local.eps)

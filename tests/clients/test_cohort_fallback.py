@@ -225,6 +225,7 @@ class Projects(ClientHalf):
     [
         ({"half": Projects()}, r"Projects acts on the model after every step \(it overrides 'after_step'\)"),
         ({"local": LocalParams(persist=True)}, "local.persist keeps"),
+        ({"local": LocalParams(optimizer="rmsprop")}, "local.optimizer=rmsprop"),
         ({"half": FrozenAll()}, "every parameter is frozen"),
     ],
 )

@@ -106,7 +106,9 @@ def torch_optimizer(params: LocalParams, parameters: list[nn.Parameter]) -> torc
             parameters, momentum=params.momentum, nesterov=params.nesterov, weight_decay=params.weight_decay
         )
     kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=(params.momentum or 0.9, 0.999), weight_decay=params.weight_decay)
+    return kind(
+        parameters, betas=(params.momentum or 0.9, 0.999), weight_decay=params.weight_decay, eps=params.eps
+    )
 
 
 def test_clipping_by_hand() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,6 +49,9 @@ OPTIMIZERS = {
     "nesterov, decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adam": {"optimizer": "adam", "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "adamw, eps": {"optimizer": "adamw", "weight_decay": 0.01, "eps": 1e-3},
+    "rmsprop": {"optimizer": "rmsprop", "weight_decay": 0.01},
+    "rmsprop, momentum": {"optimizer": "rmsprop", "momentum": 0.5},
 }
 
 
@@ -58,7 +62,8 @@ def test_an_update_rule_is_torchs_optimizer_to_the_bit(name: str, dtype: torch.d
     given_ = OPTIMIZERS[name]
     params = LocalParams(lr=0.5, **given_)
     mine, theirs = parameters(dtype), parameters(dtype)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(params.optimizer, torch.optim.SGD)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    kind = kinds.get(params.optimizer, torch.optim.SGD)
     optimizer = kind(theirs.values(), lr=0.5, **{k: v for k, v in given_.items() if k != "optimizer"})
     rule = update_rule(params, mine)
     for step in range(6):
@@ -213,3 +218,49 @@ def test_the_engine_is_part_of_what_a_run_is() -> None:
 def test_bad_engines_are_named(bad: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"local.{next(iter(bad))} is"):
         LocalParams(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["decay", "momentum, decay", "nesterov, decay", "adam", "adamw"])
+def test_weight_decay_may_spare_parameters(name: str) -> None:
+    """As torch's parameter groups do it, also across a break."""
+    given_ = OPTIMIZERS[name]
+    params = LocalParams(lr=0.5, **given_)
+    mine, theirs = parameters(torch.float64), parameters(torch.float64)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(params.optimizer, torch.optim.SGD)
+    further = {k: v for k, v in given_.items() if k not in ("optimizer", "weight_decay")}
+    groups = [
+        {"params": [theirs["a"], theirs["never"]], "weight_decay": params.weight_decay},
+        {"params": [theirs["b"], theirs["late"]], "weight_decay": 0.0},
+    ]
+    optimizer = kind(groups, lr=0.5, **further)
+    rule = update_rule(params, mine, {"a", "never"})
+    for step in range(6):
+        if step == 3:
+            kept = rule.state()
+            rule = update_rule(params, mine, {"a", "never"})
+            rule.restore(kept)
+        rule.step(gradients(step, torch.float64), 0.5)
+        for n, g in gradients(step, torch.float64).items():
+            theirs[n].grad = g
+        optimizer.step()
+        for n, p in mine.items():
+            assert torch.equal(p, theirs[n]), (step, n)
+
+
+def test_a_half_says_what_decays() -> None:
+    """With no gradient, decay is all that moves a weight."""
+
+    class Spared(ClientHalf):
+        def decayed(self, info: ModelInfo) -> frozenset[str]:
+            return frozenset(n for n in info.parameters if not n.endswith("bias"))
+
+        def loss(
+            self, model: ModelParts, batch: Any, extras: Any, task: Any
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return 0.0 * sum(p.sum() for p in model.parameters.values()), {}  # type: ignore[return-value]
+
+    local = worlds.open_round(LocalParams(lr=0.1, weight_decay=0.5, batch_size=0))
+    before = local.parameters()
+    Spared().run(local)
+    for name, value in local.parameters().items():
+        assert torch.allclose(value, before[name] * (1.0 if name.endswith("bias") else 0.95)), name

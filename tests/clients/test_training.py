@@ -18,7 +18,7 @@ from flowerbed.clients.data import BatchOrder, ClientData
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Clock, LocalRound
 from flowerbed.clients.params import LocalParams
-from flowerbed.clients.training import Hooks, TimeLimitError, backpropagate, train
+from flowerbed.clients.training import Evaluation, Hooks, TimeLimitError, backpropagate, train
 from flowerbed.errors import ClientError, ConfigError
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -54,6 +54,22 @@ def test_an_epoch_visits_every_sample_once(examples: int, batch: int, epoch: int
         assert sorted(rows) == list(range(examples))
     else:
         assert len(rows) == examples // batch * batch
+
+
+def test_with_replacement_every_row_is_an_independent_draw() -> None:
+    """All batches are whole, repeats occur as often as they should, and a step is a function of its clock."""
+    local = LocalParams(batch_size=4, replacement=True)
+    order = BatchOrder(local, 10, seed=0, client=0)
+    rows = torch.stack([order.rows(step) for step in range(3000)])
+    assert rows.shape == (3000, 4)
+    shares = torch.bincount(rows.flatten(), minlength=10) / rows.numel()
+    assert (shares - 0.1).abs().max() < 0.01
+    # Neighbours within a batch agree with probability 1/10: in a permutation never.
+    assert float((rows[:, 1:] == rows[:, :-1]).float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(BatchOrder(local, 10, seed=0, client=0).rows(1234), rows[1234])
+    flat, sizes = order.span(range(1000, 1100))
+    assert sizes == [4] * 100
+    assert torch.equal(flat.view(100, 4), rows[1000:1100])
 
 
 def test_a_budget_of_steps_goes_on_through_the_epochs() -> None:
@@ -94,6 +110,20 @@ def test_correct_edits_the_gradient_that_the_optimizer_sees() -> None:
     train(local, ClientHalf().loss, extras={"value": 2.0}, hooks=Hooks(correct=ones))
     for name, value in local.model.state_dict().items():
         torch.testing.assert_close(value, before[name] - 0.5 * 2.0)
+
+
+def test_an_evaluation_elsewhere_is_that_of_moved_parameters_and_moves_nothing() -> None:
+    """Also where only one tensor is given, and for many at once under vmap."""
+    local = open_round(LocalParams(batch_size=0))
+    half, batch = ClientHalf(), local.train_data.batch(slice(None))
+    compute = Evaluation(half.loss, local.parts, batch, {}, local.task)
+    before = {n: v.clone() for n, v in local.model.state_dict().items()}
+    weights = torch.randn(4, *before["head.weight"].shape)
+    found = torch.func.vmap(lambda w: compute.at({"head.weight": w}))(weights)
+    assert all(torch.equal(v, before[n]) for n, v in local.model.state_dict().items())
+    for w, value in zip(weights, found, strict=True):
+        local.load({"head.weight": w})
+        torch.testing.assert_close(compute()[0], value)
 
 
 def test_estimate_replaces_the_gradient_and_after_step_sees_the_step() -> None:

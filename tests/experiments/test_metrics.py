@@ -69,6 +69,9 @@ def test_cost_by_hand() -> None:
         (LocalParams(batch_size=0), [10, 4], 7.0),
         # Six steps each: two epochs of ten, six of four.
         (LocalParams(batch_size=4, steps=6), [10, 4], (2 * 10 + 6 * 4) / 12),
+        # Draws with replacement fill every batch.
+        (LocalParams(batch_size=4, replacement=True), [10, 4], 4.0),
+        (LocalParams(batch_size=8, replacement=True), [3], 8.0),
         # A client with less than a batch.
         (LocalParams(batch_size=8, drop_last=True), [3], 3.0),
     ],

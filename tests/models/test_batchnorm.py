@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowerbed.models.batchnorm import recompute_statistics
+from flowerbed.models.batchnorm import fixed_statistics, recompute_statistics
 
 
 def net() -> nn.Sequential:
@@ -45,3 +45,16 @@ def test_nothing_else_changes() -> None:
     recompute_statistics(with_norm, [torch.randn(4, 3).double()])
     assert torch.equal(with_norm[0].weight, weight)
     assert not any(module.training for module in with_norm.modules())
+
+
+def test_fixed_statistics_are_used_and_do_not_move() -> None:
+    model = net().train()
+    model[2].eval()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    x = torch.randn(5, 3).double() + 4
+    with fixed_statistics(model):
+        torch.testing.assert_close(model[0](x), x / (1 + model[0].eps) ** 0.5)
+        assert model[1].training
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert model[0].training
+    assert not model[2].training

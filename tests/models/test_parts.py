@@ -145,3 +145,13 @@ def test_a_module_without_parts_says_so() -> None:
     assert parts(torch.zeros(1, 2)).shape == (1, 3)
     with pytest.raises(ConfigError, match=r"Linear has no separate features and head; .*Net\(body, head"):
         parts.features(torch.zeros(1, 2))
+
+
+def test_a_model_of_several_inputs() -> None:
+    """A diffusion model takes time and label beside the image."""
+    net = nn.Bilinear(2, 3, 1)
+    x, t = torch.randn(4, 2), torch.randn(4, 3)
+    resident = ModelParts.resident(net)
+    assert torch.equal(resident(x, t), net(x, t))
+    doubled = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    torch.testing.assert_close(ModelParts.functional(net, doubled, {})(x, t), 2 * net(x, t))

@@ -57,6 +57,8 @@ CASES = {
     "leaf_cnn": Case((1, 8, 8)),
     "pfl_cnn": Case(),
     "small_cnn": Case((1, 8, 8)),
+    "dlg_lenet": Case((1, 8, 8)),
+    "imprinted": Case((1, 8, 8), {"bins": 6}),
     "resnet8": Case(options={"shortcut": "B"}),
     "resnet20": Case(options={"norm": "gn", "groups": 4}),
     "resnet32": Case(),
@@ -179,6 +181,8 @@ def test_weights_are_the_same_in_another_process() -> None:
         ("lenet5", (1, 28, 28), 10, {}, 61_706),
         ("lenet5", (3, 32, 32), 10, {}, 62_006),
         ("pfl_cnn", (3, 32, 32), 10, {}, 1_626_442),
+        # The LeNet of Zhu et al. 2019: 912 + 3612 + 3612 + 7690.
+        ("dlg_lenet", (3, 32, 32), 10, {}, 15_826),
         # He et al. 2016, table 6: 0.27M and 0.46M.
         ("resnet20", (3, 32, 32), 10, {"norm": "bn", "shortcut": "A"}, 269_722),
         ("resnet32", (3, 32, 32), 10, {"norm": "bn", "shortcut": "A"}, 464_154),

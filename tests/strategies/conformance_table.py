@@ -74,6 +74,20 @@ CASES = {
         ),
         Case("fedlabel", {"beta": 0.15}, {"data": {"labelled": 0.3}}, one_client_is_central=False),
         Case("semifl", {"tau": 0.3}, {"data": {"server_per_class": 10}}, one_client_is_central=False),
+        # A GAN: no classifier is trained.
+        Case(
+            "gan",
+            settings={
+                "model": {
+                    "name": "flowerbed.models.generators:gan32",
+                    "latent": 4,
+                    "embedding": 3,
+                    "width": 2,
+                },
+                "local": {"optimizer": "adam", "momentum": 1e-8, "lr": 0.001},
+            },
+            one_client_is_central=False,
+        ),
         # Robust: with one client there is nothing to compare, so f = 0 where that is allowed at all.
         Case("median", {"f": 0}),
         Case("trimmed_mean", {"f": 0}),

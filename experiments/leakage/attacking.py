@@ -1,0 +1,211 @@
+"""Attack what was observed of a run, and score it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowerbed.clients.app import choose_device
+from flowerbed.datasets.augment import Scale
+from flowerbed.datasets.dataset import Dataset
+from flowerbed.errors import ConfigError, require, unknown_name
+from flowerbed.experiments import run_directory
+from flowerbed.experiments.config import Choice
+from flowerbed.experiments.leakage import scoring
+from flowerbed.experiments.leakage.truth import Truth, truth_of
+from flowerbed.experiments.parts import Parts, build_parts
+from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
+from flowerbed.strategies.attacks.analytic import ReadOut
+from flowerbed.strategies.attacks.descents import Descent, Watch
+from flowerbed.strategies.attacks.generative import Latent, Prior
+from flowerbed.strategies.attacks.inversion import Inversion
+from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
+from flowerbed.strategies.attacks.observer import stems
+from flowerbed.strategies.attacks.presets import ATTACKS, Attack
+from flowerbed.strategies.attacks.priors import TotalVariation
+
+GRANTS = ("labels", "surrogate")
+"""What a threat model may grant beside what every client publishes: true labels; the test images as public data."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One observation with what came of it."""
+
+    observation: Observation
+    truth: Truth
+    found: Reconstruction
+    score: scoring.Score
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attack on several victims of a run."""
+
+    attack: Attack
+    directory: Path
+    victims: Sequence[Victim]
+    scale: Scale
+    nulls: Mapping[str, Sequence[float]]
+    seed: int
+    granted: tuple[str, ...]
+    defence: Choice
+    adaptive: bool
+    """Whether the attacker knew of the defence."""
+
+    def summary(self) -> dict[str, scoring.Summary]:
+        """Return every figure over all victims' samples, and the null models' PSNR."""
+        images = [image for victim in self.victims for image in victim.score.images]
+        found = {
+            name: scoring.summarised(
+                [i[name] for i in images], self.seed, larger_leaks=name not in ("mse", "fmse")
+            )
+            for name in images[0]
+        }
+        found["labels"] = scoring.summarised([v.score.labels for v in self.victims], self.seed)
+        return found | {
+            f"null: {name}": scoring.summarised(values, self.seed) for name, values in self.nulls.items()
+        }
+
+
+def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Attack:
+    """Return a preset with some of its constants replaced.
+
+    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor), of ``Descent``
+    (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total variation, and
+    ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
+    """
+    attack = ATTACKS.get(name)(prior)
+    if isinstance(attack, ReadOut):
+        for key in options:
+            require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
+        return replace(attack, **options)
+    own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
+    moving = tuple(f.name for f in fields(Descent))
+    inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()
+    for key, value in options.items():
+        if key in own:
+            attack = replace(attack, **{key: value})
+        elif key in moving:
+            attack = replace(attack, descents=_moved(attack.descents, key, value))
+        elif key in inside:
+            attack = replace(attack, space=replace(attack.space, **{key: value}))  # type: ignore[type-var]
+        elif key == "tv":
+            others = tuple(p for p in attack.priors if not isinstance(p, TotalVariation))
+            before = [p for p in attack.priors if isinstance(p, TotalVariation)]
+            term = replace(before[0], weight=value) if before else TotalVariation(value)
+            attack = replace(attack, priors=(term, *others))
+        else:
+            raise ConfigError(unknown_name(f"option of attack '{name}'", key, (*own, *moving, *inside, "tv")))
+    return attack
+
+
+def _moved(descents: tuple[Descent, ...], key: str, value: Any) -> tuple[Descent, ...]:
+    """Return the descents with a setting replaced: one value for all stages, or a list with one for each."""
+    if not isinstance(value, list):
+        return tuple(replace(descent, **{key: value}) for descent in descents)
+    longer = [descents[min(place, len(descents) - 1)] for place in range(max(len(value), len(descents)))]
+    values = [value[min(place, len(value) - 1)] for place in range(len(longer))]
+    return tuple(replace(d, **{key: one}) for d, one in zip(longer, values, strict=True))
+
+
+def attack_run(
+    directory: str | Path,
+    name: str = "ig",
+    options: Mapping[str, Any] | None = None,
+    *,
+    clients: Collection[int] | None = None,
+    rounds: Collection[int] | None = None,
+    grant: Collection[str] = (),
+    adaptive: bool = False,
+    normalisation: str = "eval",
+    device: str = "auto",
+    watch: Watch | None = None,
+) -> Attacked:
+    """Attack the observations of a run and score what was found.
+
+    ``name`` and ``options`` are those of ``composed``; the option ``prior`` names the file of a generator. An
+    ``adaptive`` attacker knows the run's defence and repeats it on its candidates as far as it can; an oblivious one
+    does not. Raises ``ConfigError`` where nothing was observed, an attack is not possible, or data is no images.
+    """
+    directory = Path(directory)
+    simulation = run_directory.load_simulation(directory)
+    chosen = [
+        observation
+        for stem in stems(directory / OBSERVATIONS)
+        if _wanted(observation := Observation.load(stem), clients, rounds)
+    ]
+    require(
+        bool(chosen),
+        f"{directory} holds no observation of these clients and rounds; run it with observe.rounds=[1].",
+    )
+    for granted in grant:
+        require(granted in GRANTS, unknown_name("grant", granted, GRANTS))
+    parts, where = build_parts(simulation), choose_device(device)
+    require(
+        len(parts.dataset.input_shape) == 3,
+        f"Reconstructions of '{parts.dataset.name}' cannot be scored: its inputs are no images.",
+    )
+    scale = Scale(parts.dataset.mean, parts.dataset.std)
+    side = SideInfo(
+        local=simulation.local,
+        rounds=simulation.federation.rounds,
+        scale=scale,
+        normalisation=normalisation,
+        surrogate=_surrogate(parts.dataset) if "surrogate" in grant else None,
+    )
+    asked = dict(options or {})
+    prior = None
+    if (path := asked.pop("prior", None)) is not None:
+        prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
+    attack = composed(name, asked, prior)
+    if adaptive and isinstance(attack, Inversion):
+        defence = build_defence(parts.simulation.defence)
+        attack = composed(name, {"imitation": defence.imitation, "floor": defence.floor, **asked}, prior)
+    truths = [truth_of(parts, o.client, o.round) for o in chosen]
+    sides = [replace(side, labels=truth.y) if "labels" in grant else side for truth in truths]
+    found = attack.run(list(zip(chosen, sides, strict=True)), seed=simulation.seed, device=where, watch=watch)
+    pool = pool_of(parts)
+    victims: list[Victim] = []
+    references: dict[str, list[float]] = {}
+    for observation, truth, made in zip(chosen, truths, found, strict=True):
+        marks = scoring.score(made, truth, scale, pool, observation.module())
+        victims.append(Victim(observation, truth, made, marks))
+        for null, values in scoring.nulls(truth, scale, pool, simulation.seed).items():
+            references.setdefault(null, []).extend(values)
+    return Attacked(
+        attack,
+        directory,
+        victims,
+        scale,
+        references,
+        simulation.seed,
+        tuple(grant),
+        parts.simulation.defence,
+        adaptive,
+    )
+
+
+def _wanted(
+    observation: Observation, clients: Collection[int] | None, rounds: Collection[int] | None
+) -> bool:
+    return (clients is None or observation.client in clients) and (
+        rounds is None or observation.round in rounds
+    )
+
+
+def _surrogate(dataset: Dataset, most: int = 256) -> Tensor:
+    return dataset.prepare(dataset.test.inputs[:most])
+
+
+def pool_of(parts: Parts) -> scoring.Pool:
+    """Return all training images as pixels."""
+    data = parts.dataset
+    scale = Scale(data.mean, data.std)
+    pixels = torch.cat([scale.pixels(data.prepare(part)) for part in torch.split(data.train.inputs, 4096)])
+    return scoring.Pool(pixels, data.train.labels, torch.arange(len(data.train)))

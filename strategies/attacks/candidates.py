@@ -1,0 +1,121 @@
+"""What a candidate batch would have made a client send: the differentiable imitation of its local training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn import functional as F
+
+from flowerbed.clients.params import LocalParams
+from flowerbed.strategies.attacks.observation import Gradient
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+Layers = list[tuple[nn.Module, Tensor]]
+"""Batch norms with what came in, in the order of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Local training as an attacker repeats it: batches of a candidate's samples, one step each, epoch after epoch."""
+
+    local: LocalParams
+    sizes: tuple[int, ...]
+    """Samples of every step of one epoch."""
+    count: int
+    """Steps in all."""
+    first: int = 0
+    """Clock of the first one."""
+    rounds: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a single step, whose gradient says everything."""
+        return self.count == 1
+
+    def batches(self) -> list[slice]:
+        """Return the rows of every step. Later epochs repeat the first one: their order is the client's secret."""
+        ends = [0]
+        for size in self.sizes:
+            ends.append(ends[-1] + size)
+        slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        return [slices[step % len(slices)] for step in range(self.count)]
+
+
+def gradient(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    x: Tensor,
+    targets: Tensor,
+    watched: Sequence[nn.Module] = (),
+) -> tuple[Gradient, Layers]:
+    """Return the gradient of the mean cross entropy, and what went into the ``watched`` layers.
+
+    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``.
+    """
+
+    def loss(moving: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        seen: list[Tensor] = []
+        handles = [m.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for m in watched]
+        try:
+            outputs = functional_call(module, {**moving, **buffers}, (x,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return F.cross_entropy(outputs, targets), seen
+
+    found, seen = grad(loss, has_aux=True)(dict(parameters))
+    return found, list(zip(watched, seen, strict=True))
+
+
+def update(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    x: Tensor,
+    targets: Tensor,
+    steps: Steps,
+    watched: Sequence[nn.Module] = (),
+) -> tuple[Gradient, Layers]:
+    """Return how far several steps of SGD move the parameters back, ``w_t - w_k``, and the first step's layers.
+
+    Momentum starts fresh, as it does in every round of a client that keeps none.
+    """
+    local, own = steps.local, dict(parameters)
+    velocity: Gradient = {}
+    layers: Layers = []
+    for place, rows in enumerate(steps.batches()):
+        found, seen = gradient(module, own, buffers, x[rows], targets[rows], watched if place == 0 else ())
+        layers = seen or layers
+        lr = local.lr_at(steps.first + place, steps.count, steps.rounds)
+        for name, value in own.items():
+            step = found[name] + local.weight_decay * value if local.weight_decay else found[name]
+            if local.momentum:
+                velocity[name] = local.momentum * velocity[name] + step if place else step
+                step = step + local.momentum * velocity[name] if local.nesterov else velocity[name]
+            own[name] = value - lr * step
+    return {name: parameters[name] - own[name] for name in own}, layers
+
+
+def use_batch_statistics(module: nn.Module) -> None:
+    """Let batch norms use the statistics of the batch, and remember nothing."""
+    for layer in module.modules():
+        if isinstance(layer, NORMS):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return all batch norms in the order of their names' appearance."""
+    return [layer for layer in module.modules() if isinstance(layer, NORMS)]
+
+
+def soft_sign(values: Mapping[str, Tensor], sharpness: float = 3.0) -> Gradient:
+    """Return a differentiable sign of every tensor; what is a third of its root mean square has 0.76."""
+    return {
+        n: (v * sharpness / v.detach().square().mean().add(1e-24).sqrt()).tanh() for n, v in values.items()
+    }

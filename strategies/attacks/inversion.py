@@ -1,0 +1,266 @@
+"""Gradient inversion by optimisation: the one engine behind all such attacks.
+
+Minimise over the variables v of a search space
+
+    D(m(x(v), y), m*) + priors(x(v))
+
+where m* is what the client sent and m(x, y) what it would have sent for x: the gradient of the mean loss at the
+observed parameters where the client made one plain step, else the update of as many steps (Geiping et al. 2020, section
+5; Dimitrov et al. 2022). D is an objective. All victims and restarts are one batch: their costs are computed by
+``torch.func.vmap`` and every row moves by its own gradient, so a batch finds what a loop over victims finds.
+
+The restart and stage that is reported is the one of least D at the clamped images, without priors: nothing that the
+attacker cannot see takes part in the choice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowerbed.errors import ConfigError, require
+from flowerbed.models.base import parameter_names
+from flowerbed.strategies.attacks import labels as label_rules
+from flowerbed.strategies.attacks.candidates import Steps
+from flowerbed.strategies.attacks.costs import Costs, Prior, Terms
+from flowerbed.strategies.attacks.descents import Descent, Watch, descend
+from flowerbed.strategies.attacks.objectives import OBJECTIVES
+from flowerbed.strategies.attacks.observation import (
+    Gradient,
+    Observation,
+    Reconstruction,
+    SideInfo,
+    batch_size,
+    gradient_of,
+    why_inexact,
+)
+from flowerbed.strategies.attacks.priors import BatchStatistics
+from flowerbed.strategies.attacks.spaces import Pixels, Rows, Space
+
+IMITATIONS = ("none", "mask", "sign")
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """An attack, composed. Frozen and plain, so that it can be named, changed and stored."""
+
+    name: str
+    space: Space = field(default_factory=Pixels)
+    objective: str = "cosine"
+    objective_scale: float = 1.0
+    priors: tuple[Prior, ...] = ()
+    statistics: BatchStatistics | None = None
+    group: float = 0.0
+    """Weight of the distance of restarts from their mean."""
+    descents: tuple[Descent, ...] = (Descent(),)
+    """One for each stage of the space; the last one goes on for those that follow."""
+    rule: str = "count"
+    """How labels are restored where they are not given: a label rule."""
+    imitation: str = "none"
+    """What of a defence the attacker repeats on its candidates: mask, entries that are 0 in the observed gradient take
+    no part (pruning, top-k, Soteria); sign, a soft sign of the candidate's gradient."""
+    floor: float = 0.0
+    """D as the attacker expects it at the truth, from noise that it knows of: the first stage that gets there is the
+    last that counts (a discrepancy rule)."""
+    restarts: int = 1
+    chunk: int = 0
+    """Rows computed at a time; 0 means all of them."""
+
+    def __post_init__(self) -> None:
+        require(self.restarts >= 1, f"attack.restarts is {self.restarts}; give at least 1.")
+        require(self.chunk >= 0, f"attack.chunk is {self.chunk}; give 0 (all rows) or more.")
+        require(self.floor >= 0, f"attack.floor is {self.floor}; give 0 (none) or more.")
+        require(
+            self.imitation in IMITATIONS,
+            f"attack.imitation is '{self.imitation}'; choose from {', '.join(IMITATIONS)}.",
+        )
+        OBJECTIVES.get(self.objective)
+        label_rules.RULES.get(self.rule)
+
+    def run(
+        self,
+        cases: Sequence[tuple[Observation, SideInfo]],
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        watch: Watch | None = None,
+    ) -> list[Reconstruction]:
+        """Attack every observation, with what is known beside it, and return what was found, in their order.
+
+        Raises ``ConfigError`` for an update that cannot be imitated, an unknown batch size, or a model that does not
+        fit.
+        """
+        for _, side in cases:
+            side.demand(self.name, "local")
+        victims = [_Victim.of(seen, side, self, seed) for seen, side in cases]
+        found: dict[int, Reconstruction] = {}
+        # Victims with as many samples, of one model, are searched for together.
+        for key in dict.fromkeys(victim.key for victim in victims):
+            members = [i for i, victim in enumerate(victims) if victim.key == key]
+            together = [victims[i] for i in members]
+            found.update(zip(members, self._searched(together, seed, device, watch), strict=True))
+        return [found[i] for i in range(len(victims))]
+
+    @property
+    def joint(self) -> bool:
+        """Whether labels are searched for as well."""
+        return isinstance(self.space, Pixels) and self.space.labels
+
+    def _searched(
+        self, victims: Sequence[_Victim], seed: int, device: torch.device | None, watch: Watch | None
+    ) -> list[Reconstruction]:
+        """Return the best of all stages and restarts for each victim."""
+        started, first = time.perf_counter(), victims[0]
+        model = first.observation.model
+        rows = Rows(
+            len(victims), self.restarts, len(first.labels), model.input_shape, model.num_classes, first.side.scale, seed
+        )  # fmt: skip
+        costs = Costs(
+            self._terms(),
+            rows,
+            first.module,
+            [victim.module.state_dict() for victim in victims],
+            [victim.sent for victim in victims],
+            [victim.labels for victim in victims],
+            first.steps,
+            batch_statistics=first.side.normalisation == "train",
+            chunk=self.chunk,
+            device=device or torch.device("cpu"),
+        )
+        best = torch.full((rows.count,), math.inf)
+        images: Tensor | None = None
+        labels = costs.labels.clone()
+        curves: list[list[float]] = [[] for _ in range(rows.count)]
+        space: Space = self.space
+        variables = {n: v.to(costs.device) for n, v in space.open(rows).items()}
+        stage = 0
+        while True:
+            descent = self.descents[min(stage, len(self.descents) - 1)]
+            for curve, more in zip(
+                curves, descend(descent, costs, space, variables, seed, watch), strict=True
+            ):
+                curve.extend(more)
+            x, found, distances = costs.judged(space, variables)
+            images = x if images is None else images
+            better = (distances < best) & ~(best <= self.floor)
+            images[better], labels[better], best[better] = x[better], found[better], distances[better]
+            following = space.advance(variables, costs.labels)
+            if following is None:
+                break
+            space, variables = following
+            stage += 1
+        seconds = (time.perf_counter() - started) / len(victims)
+        results = []
+        for place in range(0, rows.count, rows.restarts):
+            own = best[place : place + rows.restarts]
+            row = place + int(own.argmin())
+            told = {"restart": row - place, "costs": own.tolist()}
+            spent = costs.evaluations // len(victims)
+            results.append(
+                Reconstruction(
+                    images[row].cpu(),
+                    labels[row].cpu(),
+                    float(best[row]),
+                    spent,
+                    seconds,
+                    tuple(curves[row]),
+                    told,
+                )
+            )
+        return results
+
+    def _terms(self) -> Terms:
+        objective = OBJECTIVES.get(self.objective)
+        return Terms(
+            objective, self.objective_scale, self.priors, self.statistics, self.group, self.imitation
+        )
+
+
+@dataclass(frozen=True)
+class _Victim:
+    """An observation, understood."""
+
+    observation: Observation
+    side: SideInfo
+    module: nn.Module
+    sent: Gradient
+    """The gradient, or how far the parameters moved back."""
+    steps: Steps
+    labels: Tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What victims must have in common to be searched for together."""
+        side, model = self.side, repr(self.observation.model)
+        return len(self.labels), model, tuple(self.sent), self.steps, side.scale, side.normalisation
+
+    @classmethod
+    def of(cls, observation: Observation, side: SideInfo, attack: Inversion, seed: int) -> _Victim:
+        module, size = observation.module(), batch_size(observation, side)
+        steps = steps_of(observation, side, size)
+        if steps.plain:
+            gradient = sent = gradient_of(observation, side)
+        else:
+            sent = moved_back(observation)
+            # The mean gradient on the way, as far as labels are concerned.
+            gradient = {n: v / (steps.local.lr * steps.count) for n, v in sent.items()}
+        if side.labels is not None:
+            labels = side.labels
+            require(len(labels) == size, f"{len(labels)} labels were given for a batch of {size}.")
+        elif attack.joint:
+            labels = torch.zeros(size, dtype=torch.int64)
+        else:
+            x = label_rules.dummies(observation.model.input_shape, side, seed)
+            labels = label_rules.restore(attack.rule, label_rules.last_layer(module, gradient, size, x))
+            if not steps.plain:
+                labels = dealt(labels, len(steps.sizes))
+        return cls(observation, side, module, sent, steps, labels)
+
+
+def steps_of(observation: Observation, side: SideInfo, size: int) -> Steps:
+    """Return the local training that an attacker imitates; raises ``ConfigError`` for one that it cannot."""
+    local = side.local
+    assert local is not None
+    reason = why_inexact(observation, side)
+    if reason is None:
+        return Steps(local, (size,), 1)
+    examples = observation.examples or size
+    count = local.steps_per_round(examples)
+    plain = local.optimizer == "sgd" and not local.clip_norm and local.lr > 0
+    if not plain or count == 1 or (local.persist and local.momentum and observation.round > 1):
+        raise ConfigError(
+            f"The update of client {observation.client} cannot be attacked: {reason}, and only plain steps of SGD are "
+            "imitated."
+        )
+    if count < local.batches_per_epoch(examples):
+        raise ConfigError(
+            f"The update of client {observation.client} cannot be attacked: it comes from {count} steps that saw a "
+            "part of the client's samples; only one step, or whole epochs, are imitated."
+        )
+    batch = min(local.batch_size or examples, examples)
+    sizes = [batch] * (examples // batch) + (
+        [examples % batch] if examples % batch and not local.drop_last else []
+    )
+    first = (observation.round - 1) * count
+    return Steps(local, tuple(sizes), count, first, side.rounds or observation.round)
+
+
+def moved_back(observation: Observation) -> Gradient:
+    """Return ``w_t - w_k`` of the parameters that came back; raises ``ConfigError`` if it is 0 everywhere."""
+    names = [n for n in parameter_names(observation.module()) if n in observation.returned]
+    found = {n: observation.sent[n] - observation.returned[n] for n in names}
+    if not any(bool(value.any()) for value in found.values()):
+        raise ConfigError(f"The update of client {observation.client} is 0 everywhere; it tells nothing.")
+    return found
+
+
+def dealt(labels: Tensor, batches: int) -> Tensor:
+    """Return labels dealt out to the batches of an epoch in turn, so that each has a likely share of every class."""
+    order = [i for first in range(batches) for i in range(first, len(labels), batches)]
+    return labels[torch.tensor(order)]

@@ -1,0 +1,142 @@
+"""Defences on hand-worked updates, and through a whole run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import worlds
+from torch import Tensor
+
+from flowerbed.clients.defences import DEFENCES, RESIDUAL, Clip, Noise, Prune, Qsgd, Sign, Soteria
+from flowerbed.clients.local_round import MODEL
+from flowerbed.clients.params import LocalParams
+from flowerbed.errors import ConfigError
+from flowerbed.experiments.config import Simulation
+
+
+def update(*values: float, name: str = "w") -> dict[tuple[str, str], Tensor]:
+    return {(MODEL, name): torch.tensor(values, dtype=torch.float64)}
+
+
+def of(found: dict[tuple[str, str], Tensor]) -> list[float]:
+    return found[MODEL, "w"].tolist()
+
+
+@pytest.fixture
+def local() -> Any:
+    return worlds.open_round(LocalParams(batch_size=4))
+
+
+def test_clipping_bounds_the_whole(local: Any) -> None:
+    both = {**update(3.0, 0.0), **update(4.0, name="v")}
+    found = Clip(2.5).changed(both, local)
+    assert of(found) == [1.5, 0.0]
+    assert found[MODEL, "v"].tolist() == [2.0]
+    assert of(Clip(10.0).changed(both, local)) == [3.0, 0.0]
+
+
+def test_pruning_keeps_the_largest(local: Any) -> None:
+    assert of(Prune(0.5).changed(update(1.0, -3.0, 2.0, 0.5), local)) == [0.0, -3.0, 2.0, 0.0]
+    assert of(Prune(0.01).changed(update(1.0, -3.0), local)) == [0.0, -3.0], "at least one"
+    assert RESIDUAL not in local.state
+
+
+def test_feedback_sends_later_what_was_left_out(local: Any) -> None:
+    """Two rounds: what is sent and what is owed add up to what was wanted."""
+    prune = Prune(0.5, feedback=True)
+    first = of(prune.changed(update(1.0, -3.0), local))
+    second = of(prune.changed(update(1.0, 0.5), local))
+    assert (first, second) == ([0.0, -3.0], [2.0, 0.0])
+    assert local.state[RESIDUAL]["w"].tolist() == [0.0, 0.5]
+
+
+def test_signs_keep_the_mean_size(local: Any) -> None:
+    assert of(Sign().changed(update(1.0, -3.0, 0.0, 2.0), local)) == [1.5, -1.5, 0.0, 1.5]
+
+
+def test_stochastic_rounding_has_levels_and_no_bias(local: Any) -> None:
+    value = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    size = float(value.norm())
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([Qsgd(4)._rounded(value, generator) for _ in range(4000)])
+    levels = (drawn / size * 4).round(decimals=9)
+    assert set(levels.flatten().tolist()) <= {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0}
+    torch.testing.assert_close(drawn.mean(0), value, rtol=0, atol=0.03)
+    assert of(Qsgd().changed(update(0.0, 0.0), local)) == [0.0, 0.0]
+
+
+def test_noise_has_the_asked_size(local: Any) -> None:
+    value = {(MODEL, "w"): torch.full((20_000,), 2.0, dtype=torch.float64)}
+    for defence, expected in ((Noise(0.5), 1.0), (Noise(0.5, relative=False), 0.5)):
+        found = defence.changed(value, local)[MODEL, "w"] - 2
+        assert float(found.std()) == pytest.approx(expected, rel=0.03)
+        assert abs(float(found.mean())) < 0.03
+    # The expected cosine distance of noise, against one draw.
+    a, b = value[MODEL, "w"], Noise(1.0).changed(value, local)[MODEL, "w"]
+    measured = 1 - float((a @ b) / (a.norm() * b.norm()))
+    assert Noise(1.0).floor == pytest.approx(1 - 1 / math.sqrt(2)) == pytest.approx(measured, abs=0.02)
+
+
+def test_soteria_prunes_columns_of_the_least_scores() -> None:
+    """The body is linear: d r_i / d x is row i of its weight, so the scores are known in closed form."""
+    from torch import nn
+
+    from flowerbed.models.base import Net
+    from flowerbed.models.info import ModelInfo
+    from flowerbed.models.parts import ModelParts
+
+    net = Net(nn.Linear(6, 3, bias=False), nn.Linear(3, 3), 3)
+    with torch.no_grad():
+        net.body.weight.copy_(torch.diag(torch.tensor([1.0, 3.0, 2.0, 0, 0, 0]))[:3])
+    base = worlds.open_round(LocalParams(batch_size=0))
+    state = {n: v.detach().clone() for n, v in net.state_dict().items()}
+    from dataclasses import replace
+
+    local = replace(
+        base, model=net, parts=ModelParts.resident(net), info=ModelInfo.of(net), received={MODEL: state}
+    )
+    r = local.train_data.x @ state["body.weight"].T
+    expected = (torch.tensor([1.0, 3.0, 2.0]) / (r.abs() + 0.1)).sum(0)
+    defence = Soteria(prune=0.4)
+    torch.testing.assert_close(defence._scores(local), expected)
+    weight = torch.ones(3, 3, dtype=torch.float64)
+    found = defence.changed({(MODEL, "head.weight"): weight}, local)[MODEL, "head.weight"]
+    gone = int(expected.argmin())
+    assert [bool((found[:, i] == 0).all()) for i in range(3)] == [i == gone for i in range(3)]
+    assert worlds.equal(dict(net.state_dict()), state), "the trained model is put back"
+
+
+@pytest.mark.parametrize("name", sorted(DEFENCES))
+def test_every_defence_runs_and_only_touches_parameters(name: str) -> None:
+    options = {"clip": {"bound": 0.01}}.get(name, {})
+    sections: dict[str, Any] = {"model": {"name": "worlds:bn_net"}, "federation": {"clients": 1, "rounds": 1}}
+    plain = worlds.run("fedavg", **sections).result.model
+    found = worlds.run("fedavg", defence={"name": name, **options}, **sections).result.model
+    buffers = [n for n in plain if "running" in n]
+    assert buffers
+    assert all(torch.equal(plain[n], found[n]) for n in buffers)
+    assert worlds.equal(plain, found) == (name == "none")
+
+
+def test_no_defence_is_the_run_of_before_there_was_any() -> None:
+    assert Simulation.of({}).identity == Simulation.of({"defence": "none"}).identity
+    assert Simulation.of({}).identity != Simulation.of({"defence": "sign"}).identity
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("noise", {"std": -1.0}, "defence.std is -1"),
+        ("clip", {"bound": 0.0}, "defence.bound is 0"),
+        ("prune", {"keep": 0.0}, "defence.keep is 0"),
+        ("qsgd", {"levels": 0}, "defence.levels is 0"),
+        ("soteria", {"prune": 1.0}, "defence.prune is 1"),
+        ("soteria", {"epsilon": 0.0}, "defence.epsilon is 0"),
+    ],
+)
+def test_wrong_options_are_refused(name: str, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        worlds.run("fedavg", defence={"name": name, **options})
