@@ -102,7 +102,7 @@ def test_angles_and_lengths_of_a_simplex() -> None:
 @pytest.mark.parametrize("net", ["", "bn-", "gn-"])
 def test_arms_of_one_network_differ_in_the_strategy_alone(net: str) -> None:
     members = [n for n in QUICK.arms if (n.startswith(net) if net else not n.startswith(("bn-", "gn-")))]
-    assert len(members) >= 3
+    assert len(members) >= 2
     runs = [QUICK.arms[name].simulation(0, {}).plain() for name in members]
     assert all({**run, "strategy": 0} == {**runs[0], "strategy": 0} for run in runs)
     assert all(run["evaluation"]["mask"] == "none" for run in runs)
