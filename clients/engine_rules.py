@@ -108,7 +108,7 @@ class Adaptive:
             )
         else:
             kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-            betas = (params.momentum or 0.9, 0.999)
+            betas = (params.momentum or 0.9, params.beta2)
             self._optimizer = kind(weights, lr=params.lr, betas=betas, weight_decay=decay, eps=params.eps)
 
     def step(self, gradients: Gradients, lr: float) -> None:

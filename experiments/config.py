@@ -309,8 +309,9 @@ class Simulation:
                 plain[section].pop(key)
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
-        if self.local.eps == LocalParams().eps:
-            plain["local"].pop("eps")
+        for key in ("beta2", "eps"):
+            if getattr(self.local, key) == getattr(LocalParams(), key):
+                plain["local"].pop(key)
         plain = {name: section for name, section in plain.items() if name != "initial" or section}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

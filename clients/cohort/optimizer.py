@@ -11,8 +11,6 @@ from torch import Tensor
 from flowerbed.clients.params import LocalParams
 from flowerbed.storage import Tensors
 
-BETA_2 = 0.999
-
 
 class StackedOptimizer:
     """SGD, Adam or AdamW for K clients that all begin at the same time and may end at different ones."""
@@ -66,11 +64,11 @@ class StackedOptimizer:
         return gradient.add(velocity, alpha=params.momentum) if params.nesterov else velocity
 
     def _adam(self, name: str, gradient: Tensor, active: int) -> Tensor:
-        beta_1 = self._params.momentum or 0.9
+        beta_1, beta_2 = self._params.momentum or 0.9, self._params.beta2
         mean, square = (self._state[group][name][:active] for group in ("mean", "square"))
         mean.lerp_(gradient, 1 - beta_1)
-        square.mul_(BETA_2).addcmul_(gradient, gradient.conj(), value=1 - BETA_2)
-        size = math.sqrt(1 - BETA_2**self._steps)
+        square.mul_(beta_2).addcmul_(gradient, gradient.conj(), value=1 - beta_2)
+        size = math.sqrt(1 - beta_2**self._steps)
         return mean / (square.sqrt() / size).add_(self._params.eps) / (1 - beta_1**self._steps)
 
 

@@ -113,5 +113,5 @@ def _optimizer(simulation: Simulation, net: nn.Module) -> torch.optim.Optimizer:
             eps=local.eps,
         )
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
-    betas = (local.momentum or 0.9, 0.999)
+    betas = (local.momentum or 0.9, local.beta2)
     return kind(net.parameters(), lr=local.lr, betas=betas, weight_decay=local.weight_decay, eps=local.eps)

@@ -48,7 +48,7 @@ OPTIMIZERS = {
     "nesterov, decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adam": {"optimizer": "adam", "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
-    "adamw, eps": {"optimizer": "adamw", "weight_decay": 0.01, "eps": 1e-3},
+    "adamw, beta2, eps": {"optimizer": "adamw", "weight_decay": 0.01, "beta2": 0.9, "eps": 1e-3},
     "rmsprop": {"optimizer": "rmsprop", "weight_decay": 0.01},
     "rmsprop, momentum": {"optimizer": "rmsprop", "momentum": 0.5},
 }
@@ -63,7 +63,11 @@ def test_an_update_rule_is_torchs_optimizer_to_the_bit(name: str, dtype: torch.d
     mine, theirs = parameters(dtype), parameters(dtype)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
     kind = kinds.get(params.optimizer, torch.optim.SGD)
-    optimizer = kind(theirs.values(), lr=0.5, **{k: v for k, v in given_.items() if k != "optimizer"})
+    optimizer = kind(
+        theirs.values(), lr=0.5, **{k: v for k, v in given_.items() if k not in ("optimizer", "beta2")}
+    )
+    if "beta2" in given_:
+        optimizer.param_groups[0]["betas"] = (0.9, given_["beta2"])
     rule = update_rule(params, mine)
     for step in range(6):
         if step == 3:
