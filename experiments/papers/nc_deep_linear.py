@@ -27,7 +27,7 @@ hide.
 
 Controls: the frame of balanced classes, held against an unbalanced run, must miss. The plain lengths without their
 normalisation are claimed too. ``ce-1`` is the cross entropy under one layer, whose frame is a simplex. The paper claims
-that for every M; but with four classes and M = 3 a square in the plane has a lower F, so nothing of the kind is claimed.
+that for every M; but with four classes and M = 3 a square in the plane has a lower F, so none is claimed.
 
 Differences from the released code: it takes the largest root without looking whether g is below 1 there, so it keeps
 classes that are lost. The network is held against the lambdas that it was trained with. They are larger than the
