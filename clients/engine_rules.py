@@ -125,7 +125,7 @@ class Adaptive:
             )
         else:
             kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-            betas = (params.momentum or 0.9, params.beta_2)
+            betas = (params.momentum or 0.9, params.beta2)
             self._optimizer = kind(groups, lr=params.lr, betas=betas, weight_decay=decay, eps=params.eps)
 
     def step(self, gradients: Gradients, lr: float) -> None:

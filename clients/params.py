@@ -43,8 +43,8 @@ class LocalParams:
     momentum: float = 0.0
     """Heavy-ball momentum (sgd, rmsprop) or beta_1 (adam, adamw; 0 means torch's 0.9)."""
     nesterov: bool = False
-    beta_2: float = 0.999
-    """Decay of the second moment (adam, adamw)."""
+    beta2: float = 0.999
+    """beta_2 of adam and adamw, the memory of squared gradients."""
     eps: float = 1e-8
     """Added to the denominator of adam, adamw and rmsprop, as in ``torch.optim``."""
     weight_decay: float = 0.0
@@ -98,7 +98,7 @@ class LocalParams:
             "local.nesterov needs local.optimizer=sgd and a local.momentum above 0.",
         )
         require(self.weight_decay >= 0, f"local.weight_decay is {self.weight_decay}; give 0 or more.")
-        require(0 <= self.beta_2 < 1, f"local.beta_2 is {self.beta_2}; give a number in [0, 1).")
+        require(0 < self.beta2 < 1, f"local.beta2 is {self.beta2}; give a number in (0, 1).")
         require(math.isfinite(self.eps) and self.eps > 0, f"local.eps is {self.eps}; give a number above 0.")
         require(self.clip_norm >= 0, f"local.clip_norm is {self.clip_norm}; give 0 (off) or more.")
         require(self.lr_decay > 0, f"local.lr_decay is {self.lr_decay}; give a number above 0.")

@@ -320,7 +320,7 @@ class Simulation:
             plain.pop("defence")
         if not self.local.replacement:
             plain["local"].pop("replacement")
-        for key in ("beta_2", "eps"):
+        for key in ("beta2", "eps"):
             if getattr(self.local, key) == getattr(LocalParams(), key):
                 plain["local"].pop(key)
         plain = {name: section for name, section in plain.items() if name != "initial" or section}

@@ -14,7 +14,7 @@ The model is one with ``generator``, ``discriminator`` and ``average``, such as 
 With several clients all three are averaged (FedAvg); momentum stays at the client with ``local.persist=true``.
 
 Adam's beta_1 is that of ``local.momentum``; GANs want none, and since 0 there means torch's 0.9, give 1e-8; and
-``local.beta_2=0.9``. With 0.999 the small generator makes one image a class (seen once, 4,000 steps of Fashion-MNIST).
+``local.beta2=0.9``. With 0.999 the small generator makes one image a class (seen once, 4,000 steps of Fashion-MNIST).
 """
 
 from __future__ import annotations

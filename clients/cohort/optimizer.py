@@ -64,7 +64,7 @@ class StackedOptimizer:
         return gradient.add(velocity, alpha=params.momentum) if params.nesterov else velocity
 
     def _adam(self, name: str, gradient: Tensor, active: int) -> Tensor:
-        beta_1, beta_2 = self._params.momentum or 0.9, self._params.beta_2
+        beta_1, beta_2 = self._params.momentum or 0.9, self._params.beta2
         mean, square = (self._state[group][name][:active] for group in ("mean", "square"))
         mean.lerp_(gradient, 1 - beta_1)
         square.mul_(beta_2).addcmul_(gradient, gradient.conj(), value=1 - beta_2)

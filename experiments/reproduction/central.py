@@ -116,5 +116,5 @@ def _optimizer(
     if local.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=local.lr, momentum=local.momentum, eps=local.eps)
     kind = torch.optim.Adam if local.optimizer == "adam" else torch.optim.AdamW
-    betas = (local.momentum or 0.9, local.beta_2)
+    betas = (local.momentum or 0.9, local.beta2)
     return kind(groups, lr=local.lr, betas=betas, eps=local.eps)

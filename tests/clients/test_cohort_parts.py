@@ -64,8 +64,9 @@ def test_stacked_optimizers_are_torchs(
 ) -> None:
     """Clients with unequal numbers of steps and, where asked, unequal learning rates."""
     params = LocalParams(
-        optimizer=optimizer, momentum=momentum, weight_decay=decay, clip_norm=bound, beta_2=0.95 if vary else 0.999,
-        nesterov=nesterov and optimizer == "sgd" and momentum > 0,
+        optimizer=optimizer, momentum=momentum, weight_decay=decay, clip_norm=bound,
+        nesterov=nesterov and optimizer == "sgd" and momentum > 0, beta2=0.95 if vary else 0.999,
+        eps=1e-3 if nesterov else 1e-8,
     )  # fmt: skip
     lengths = sorted(lengths, reverse=True)
     generator = torch.Generator().manual_seed(1)
@@ -108,7 +109,7 @@ def torch_optimizer(params: LocalParams, parameters: list[nn.Parameter]) -> torc
     kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
     return kind(
         parameters,
-        betas=(params.momentum or 0.9, params.beta_2),
+        betas=(params.momentum or 0.9, params.beta2),
         weight_decay=params.weight_decay,
         eps=params.eps,
     )

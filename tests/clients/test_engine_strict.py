@@ -49,8 +49,9 @@ OPTIMIZERS = {
     "nesterov, decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adam": {"optimizer": "adam", "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
-    "adam, betas": {"optimizer": "adam", "momentum": 0.5, "beta_2": 0.9},
+    "adam, betas": {"optimizer": "adam", "momentum": 0.5, "beta2": 0.9},
     "adamw, eps": {"optimizer": "adamw", "weight_decay": 0.01, "eps": 1e-3},
+    "adamw, beta2, eps": {"optimizer": "adamw", "weight_decay": 0.01, "beta2": 0.9, "eps": 1e-3},
     "rmsprop": {"optimizer": "rmsprop", "weight_decay": 0.01},
     "rmsprop, momentum": {"optimizer": "rmsprop", "momentum": 0.5},
 }
@@ -65,9 +66,9 @@ def test_an_update_rule_is_torchs_optimizer_to_the_bit(name: str, dtype: torch.d
     mine, theirs = parameters(dtype), parameters(dtype)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
     kind = kinds.get(params.optimizer, torch.optim.SGD)
-    options = {k: v for k, v in given_.items() if k not in ("optimizer", "beta_2")}
-    if "beta_2" in given_:
-        options["betas"] = (options.pop("momentum"), given_["beta_2"])
+    options = {k: v for k, v in given_.items() if k not in ("optimizer", "beta2")}
+    if "beta2" in given_:
+        options["betas"] = (options.pop("momentum", 0.9), given_["beta2"])
     optimizer = kind(theirs.values(), lr=0.5, **options)
     rule = update_rule(params, mine)
     for step in range(6):

@@ -184,6 +184,23 @@ def test_one_client_on_batches_descends_the_same_f_in_the_mean() -> None:
         torch.testing.assert_close(moved, step, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(("depth", "simplex_is_best"), [(1, True), (3, False)])
+def test_under_several_layers_the_cross_entropy_prefers_low_rank(depth: int, simplex_is_best: bool) -> None:
+    """Four classes of 100: the least penalty of logits Z on K means is (M+1)/2 c sum_i tau_i(Z)^(2/(M+1))."""
+    c = ((5e-4) ** (depth + 1) * 100) ** (1 / (depth + 1))
+    square = torch.tensor([[1.0, 0, -1, 0], [0, 1, 0, -1], [-1, 0, 1, 0], [0, -1, 0, 1]], dtype=torch.float64)
+    least = []
+    for layout in (torch.eye(4, dtype=torch.float64) - 1 / 4, square):
+        tau = torch.linalg.svdvals(layout)
+        tau = tau[tau > 1e-12]
+        costs = []
+        for scale in torch.logspace(-1, 2, 400):
+            fit = torch.nn.functional.cross_entropy(scale * layout, torch.arange(4))
+            costs.append(float(fit + (depth + 1) / 2 * c * (scale * tau).pow(2 / (depth + 1)).sum()))
+        least.append(min(costs))
+    assert (least[0] < least[1]) == simplex_is_best
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

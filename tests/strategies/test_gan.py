@@ -22,7 +22,7 @@ LOCAL = {
     "batch_size": 16,
     "optimizer": "adam",
     "momentum": 1e-8,
-    "beta_2": 0.9,
+    "beta2": 0.9,
     "lr": 0.01,
     "persist": True,
 }
