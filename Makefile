@@ -9,7 +9,7 @@ run: $(VENV)/.simulation
 	$(BIN)/flowerbed simulate grid=ray run.dir=runs/first run.overwrite=true
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
