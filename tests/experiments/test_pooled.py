@@ -31,7 +31,7 @@ from flowerbed.strategies.loader import load_all
 load_all()
 POOLS = """
 apfl ditto fedadagrad fedadam fedavg fedavgm fedbabu fedbn feddc feddyn fedetf fedfixmatch fedloge fedntd fedper
-fedprox fedrep fedrod fedsam feduda fedyogi finetune labels_only local moon pfedme per_fedavg scaffold tau_norm
+fedprox fedrep fedrod fedsam feduda fedyogi finetune gan labels_only local moon pfedme per_fedavg scaffold tau_norm
 """.split()  # noqa: SIM905
 """What must pool, in the settings of the conformance table."""
 
