@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from flowerbed.experiments.papers.weight_compander import (
     WeightCompander,
     WeightCompanderHalf,
     WeightCompanderParams,
+    at_best,
+    at_the_best_rate,
     bounded,
     companded,
     companding,
@@ -29,6 +32,7 @@ from flowerbed.experiments.papers.weight_compander import (
     psi,
     psi_inverse,
 )
+from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.reparametrised import effective_state_dict, fold, part_name, raw_name, raw_names
 from flowerbed.models.zoo import build_model
@@ -275,3 +279,22 @@ def test_adamw_with_an_exempt_curve_is_refused() -> None:
 def test_an_unknown_inner_model_is_named() -> None:
     with pytest.raises(ConfigError, match="lenet9"):
         companded((1, 28, 28), 10, of="lenet9")
+
+
+def test_both_methods_are_compared_at_the_rate_that_is_best_for_plain_training() -> None:
+    accuracies = {
+        "plain-0.02": 0.7,
+        "plain-0.05": 0.6,
+        "plain-0.1": 0.5,
+        "wc-0.02": 0.1,
+        "wc-0.05": 0.9,
+        "wc-0.1": 0.8,
+    }
+    runs = {arm: Finished(arm, 0, Path(), {"accuracy": a, "loss": 1 - a}) for arm, a in accuracies.items()}
+    found = {(n, arm): v for arm, values in at_the_best_rate(runs).items() for n, v in values.items()}
+    assert at_best("accuracy", "plain").value(found) == 0.7
+    assert at_best("accuracy", "wc").value(found) == 0.1
+    assert at_best("loss", "wc").value(found) == pytest.approx(0.9)
+    del runs["wc-0.02"]
+    assert at_the_best_rate(runs)["wc-0.05"]["best-rate:accuracy"] == 0.9
+    assert at_the_best_rate({}) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from flowerbed.experiments.papers.wgsef import (
     envelope_factors,
     shares,
     sparse_regression,
+    tuned,
 )
+from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.groups import norms
 from flowerbed.models.info import ModelInfo
@@ -280,3 +283,11 @@ def test_settings_are_checked(options: dict[str, Any], sentence: str) -> None:
 def test_settings_that_need_the_run_are_checked(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         worlds.run(WGSEF, options, model={"name": "worlds:bn_net"})
+
+
+def test_the_best_lambda_of_group_lasso_counts() -> None:
+    runs = {
+        arm: Finished(arm, 0, Path(), {"accuracy": a}) for arm, a in (("lasso-0.1", 0.5), ("lasso-0.12", 0.6))
+    }
+    assert tuned(runs) == {"lasso-0.1": {"chosen:accuracy": 0.0}, "lasso-0.12": {"chosen:accuracy": 0.6}}
+    assert tuned({}) == {}
