@@ -43,7 +43,7 @@ metrics of a finished run, of all arms ``Paper.measure``, ``Paper.analyse``
 State that must outlive a round lives in ``local.state`` and ``self.state`` (groups of named tensors) and nowhere else;
 every random number comes from ``flowerbed.seeds``. Then a run resumes to the same bits, and N clients are one override.
 
-*The claims* are the card's sentences as inequalities with their margins, each with a control that would pass if the
+*The claims* are the paper's sentences as inequalities with their margins, each with a control that would pass if the
 gain came from something cheap. They are never weakened, removed or re-seeded until they pass::
 
     accuracy = metric("accuracy")
@@ -54,7 +54,7 @@ gain came from something cheap. They are never weakened, removed or re-seeded un
 **The protocol** is described in ``flowerbed.experiments.reproduction.paper``. Three scales: ``smoke`` (seconds, no
 claim is evaluated), ``quick`` (two cores, at most ten minutes for everything), ``full`` (one GPU).
 
-**Tests** in ``tests/papers/test_<module>.py``: the identities and pitfalls of the card, on hand-worked cases. What
+**Tests** in ``tests/papers/test_<module>.py``: the identities and pitfalls of the method, on hand-worked cases. What
 every paper must hold (each arm runs, resumes, repeats, equals its twin) is tested for all of them by
 ``tests/experiments/test_reproduction_conformance.py``, without a line for each.
 """

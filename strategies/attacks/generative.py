@@ -30,6 +30,7 @@ from flowerbed.strategies.attacks.spaces import Rows, Space, Variables
 
 Z, H = "z", "h"
 AVERAGE = "average."
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +58,11 @@ class Prior:
     def load(cls, path: str | Path, shape: Shape, classes: int, scale: Scale, device: torch.device) -> Prior:
         """Read the generator that strategy ``gan`` trained: a run's model.safetensors, or the average alone.
 
-        Raises ``ConfigError`` for a file that holds none, or one of other images or classes.
+        ``path`` may also be the name of a prior that comes with the package (``shipped``). Raises ``ConfigError`` for a
+        file that holds none, or one of other images or classes.
         """
         try:
-            given = load_file(path)
+            given = load_file(shipped().get(str(path), path))
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"attack.prior={path} cannot be read: {error}.") from error
         own = {n.removeprefix(AVERAGE): v for n, v in given.items() if n.startswith(AVERAGE)} or dict(given)
@@ -219,6 +221,11 @@ class Weights:
 
     def advance(self, variables: Variables, labels: Tensor) -> tuple[Space, Variables] | None:
         return None
+
+
+def shipped() -> dict[str, Path]:
+    """Return the priors that come with the package, by name; each file's header says how it was made."""
+    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
 
 
 def onto_l1_ball(v: Tensor, radius: float) -> Tensor:

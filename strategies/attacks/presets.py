@@ -29,7 +29,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
 from flowerbed.strategies.attacks.analytic import BINS, READOUT, ReadOut
 from flowerbed.strategies.attacks.descents import Descent
-from flowerbed.strategies.attacks.generative import Latent, Prior
+from flowerbed.strategies.attacks.generative import Latent, Prior, shipped
 from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
 from flowerbed.strategies.attacks.spaces import Pixels
@@ -168,7 +168,7 @@ def gifd(prior: Prior | None) -> Inversion:
 def _needed(name: str, prior: Prior | None) -> Prior:
     if prior is None:
         raise ConfigError(
-            f"The attack '{name}' searches inside a generator; give attack.prior=FILE, a model.safetensors of "
-            "experiment=prior_fashion_mnist or of your own strategy=gan."
+            f"The attack '{name}' searches inside a generator; give attack.prior=FILE, the model.safetensors of a "
+            f"run of strategy=gan, or one that is here: {', '.join(shipped()) or 'none'}."
         )
     return prior

@@ -1,4 +1,4 @@
-"""Global magnitude pruning: the identities and pitfalls of its card."""
+"""Global magnitude pruning: its identities and pitfalls."""
 
 from __future__ import annotations
 

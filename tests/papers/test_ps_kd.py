@@ -1,4 +1,4 @@
-"""PS-KD: the identities and pitfalls of its card."""
+"""PS-KD: its identities and pitfalls."""
 
 from __future__ import annotations
 

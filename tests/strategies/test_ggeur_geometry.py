@@ -1,4 +1,4 @@
-"""GGEUR's statistics, shapes, generation and privacy as pure functions, against the card's identities and toy cases."""
+"""GGEUR's statistics, shapes, generation and privacy as pure functions, against identities and toy cases."""
 
 from __future__ import annotations
 
