@@ -267,10 +267,6 @@ class Simulation:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
-        require(
-            not self.observe.rounds or self.run.dir is not None,
-            "observe.rounds keeps exchanges in the run directory; give run.dir.",
-        )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Simulation:

@@ -31,7 +31,13 @@ from flowerbed.experiments.usage import simulate_help
 
 
 def simulate(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Run what the Hydra command line ``arguments`` asks for; return the exit code."""
+    """Run what the Hydra command line ``arguments`` asks for; return the exit code.
+
+    With ``attack=NAME`` (and ``attack.KEY=VALUE``) among them, the clients of the run are attacked once it is over.
+    """
+    attack = [text for text in arguments if text.startswith(("attack=", "attack."))]
+    if attack:
+        return _attacked([text for text in arguments if text not in attack], attack, as_json)
     parser = get_args_parser()
     parser.prog = "flowerbed simulate"
     flags = parser.parse_args(list(arguments))
@@ -64,6 +70,27 @@ def simulate(arguments: Sequence[str], as_json: bool = False) -> int:
     finally:
         _remove_if_empty(directory)
     return codes[0]
+
+
+def _attacked(arguments: Sequence[str], attack: Sequence[str], as_json: bool) -> int:
+    """Run, observed in its first round unless other rounds are asked for, and attack what was observed."""
+    from flowerbed.experiments.leakage import command
+
+    flags = get_args_parser().parse_args(list(arguments))
+    if flags.multirun:
+        raise ConfigError(
+            "attack= follows a single run; attack a sweep with flowerbed attack matrix=FILE.yaml."
+        )
+    # A name or an option that does not exist shall not cost a run.
+    command.check(attack)
+    observed = any(text.startswith("observe.rounds=") for text in arguments)
+    further = [] if observed else ["observe.rounds=[1]"]
+    (simulation,) = compose_simulations(
+        flags.overrides, config_dir=flags.config_dir, config_name=flags.config_name or "config"
+    )
+    directory = _directory(simulation)
+    code = simulate([*arguments, *further, _override("run.dir", directory)], as_json)
+    return code or command.main([str(directory), *attack], as_json)
 
 
 def resume(directory: Path, overrides: Sequence[str], as_json: bool = False) -> int:

@@ -17,7 +17,7 @@ from flowerbed.clients.secure import SecureMasking
 from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
 from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
-from flowerbed.errors import require
+from flowerbed.errors import ConfigError, require
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.models import evaluation
 from flowerbed.models.info import ModelInfo
@@ -70,7 +70,8 @@ def server_transforms(
     found: list[ServerTransform] = []
     observe = simulation.observe
     if observe.rounds:
-        assert simulation.run.dir is not None
+        if simulation.run.dir is None:
+            raise ConfigError("observe.rounds keeps exchanges in the run directory; give run.dir.")
         assert strategy.setting is not None
         assert strategy.setting.server is not None
         found.append(

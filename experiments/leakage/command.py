@@ -12,7 +12,7 @@ from typing import Any
 from flowerbed.errors import require
 from flowerbed.experiments.composition import import_from_current_directory, whole_numbers
 from flowerbed.experiments.leakage import matrix, matrix_report, report
-from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run
+from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run, composed
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 DESCRIPTION = "Attack what a run's server saw of single clients, and score what was found."
@@ -82,6 +82,16 @@ def _matrix(path: Path, further: Sequence[str], out: Path | None, as_json: bool)
         print(matrix_report.markdown(cells))
         print(f"files: {', '.join(map(str, files))}")
     return 0
+
+
+def check(settings: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for an attack, or an option, that does not exist, as far as that is known without a run."""
+    name, options = read(settings)
+    prior = options.pop("prior", None)
+    if prior is None:
+        composed(name, options)
+    else:
+        ATTACKS.get(name)
 
 
 def read(settings: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -218,7 +218,19 @@ def test_observing_needs_a_directory(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(ConfigError, match="observe.clients needs observe.rounds"):
         attacking.run_directory.Simulation.of({"observe": {"clients": [1]}})
     with pytest.raises(ConfigError, match=r"give run\.dir"):
-        attacking.run_directory.Simulation.of({"observe": {"rounds": [1]}})
+        build_parts(attacking.run_directory.Simulation.of({"observe": {"rounds": [1]}}))
+
+
+def test_a_run_is_attacked_once_it_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["simulate", "model=dlg_lenet", "federation.clients=2", "federation.rounds=1", "local.steps=1"]
+    asked += ["local.batch_size=1", "evaluation.every=0", "run.figures=false", f"run.dir={tmp_path / 'run'}"]
+    assert cli.main([*asked, "attack=ig", "attack.steps=2"]) == 0
+    assert "null: class mean" in capsys.readouterr().out
+    assert (tmp_path / "run" / "attacks" / "ig" / "gallery.png").exists()
+    assert cli.main([*asked, "attack=ig", "attack.stepz=2"]) == 2
+    assert "Unknown option of attack" in capsys.readouterr().err
+    assert cli.main(["simulate", "-m", *asked[1:], "attack=ig"]) == 2
+    assert "matrix=FILE.yaml" in capsys.readouterr().err
 
 
 def test_options_reach_every_stage_and_prior() -> None:
