@@ -22,11 +22,16 @@ Where the method needs more than a loss:
 targets or streams of one's own        ``ClientHalf.batches``: step to batch; add keys to the batch, or make it
 memory of each sample across rounds    ``flowerbed.clients.memory.SampleMemory`` in ``begin``, kept in ``end``
 what the forward pass produced         a tensor with dimensions among the loss's metrics; ``Step.products`` has it
-gradients without backpropagation      ``ClientHalf.estimate``
+gradients without backpropagation      ``ClientHalf.estimate``; the ``Evaluation`` it is given has ``at(parameters)``
 an edit of the gradients               ``ClientHalf.correct``
 proximal steps, masks, averages        ``ClientHalf.after_step``, which sees the learning rate used
 learned tensors beside the model       ``ClientHalf.further``
 weights that decay, others that do not ``ClientHalf.decayed``
+samples to choose by, not to train on  ``Dataset.validation``; a client's share is ``LocalRound.validation_data``
+a second level of training on them     ``flowerbed.clients.bilevel``
+fresh samples in every step            ``flowerbed.clients.streams``; independent draws: ``local.replacement=true``
+features of earlier batches            ``flowerbed.clients.queues``
+another task's features to start from  ``initial: {weights: FILE, part: backbone}``
 several trainings, solvers, fits       ``ClientHalf.run``, calling ``train(...)`` as often as need be
 statistics before training             a phase of type ``query``, answered by ``ClientHalf.query``
 something between stages               ``FederatedStrategy.phases`` and ``start_phase``
