@@ -121,7 +121,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A projection discriminator (Miyato and Koyama 2018) with spectral norms: 4x4 convolutions of stride 2."""
+    """A projection discriminator (Miyato and Koyama 2018): 4x4 convolutions of stride 2 with spectral norms."""
 
     def __init__(self, channels: int, num_classes: int, width: int = 24) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ class Discriminator(nn.Module):
         for before, after in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
             layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, padding=1)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers)
-        self.score = spectral_norm(nn.Linear(4 * width, 1))
-        self.classes = spectral_norm(nn.Embedding(num_classes, 4 * width))
+        self.score = nn.Linear(4 * width, 1)
+        self.classes = nn.Embedding(num_classes, 4 * width)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return how real images of pixels in [0, 1] look for their labels, ``(B,)``."""

@@ -10,11 +10,14 @@ discriminator D, then the generator G moves:
 with Adam, D at ``critic`` times the learning rate of G. What is delivered beside both is the running average of G's
 weights, with decay ``ema`` a step; its normalisation uses G's own running statistics.
 
+So trained, the small generator ends with one image a class. The mode-seeking term (Mao et al. 2019) keeps it from that:
+L_G gains ``seek`` / (mean |G(z', y) - G(z'', y)| / mean |z' - z''| + 1e-5) for a second code z''.
+
 The model is one with ``generator``, ``discriminator`` and ``average``, such as ``flowerbed.models.generators:gan32``.
 With several clients all three are averaged (FedAvg); momentum stays at the client with ``local.persist=true``.
 
 Adam's beta_1 is that of ``local.momentum``; GANs want none, and since 0 there means torch's 0.9, give 1e-8; and
-``local.beta2=0.9``. With 0.999 the small generator makes one image a class (seen once, 4,000 steps of Fashion-MNIST).
+``local.beta2=0.9``.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from flowerbed.strategies.base import STRATEGIES, Setting
 from flowerbed.strategies.fedavg import FedAvg, FedAvgParams
 
 MODEL_PATH = "flowerbed.models.generators:gan32"
-LATENT, SCALE = "latent", "scale"
+LATENT, SECOND, SEEK, SCALE = "latent", "second latent", "seek", "scale"
 CRITIC, AVERAGE = "discriminator.", "average."
 
 
@@ -50,12 +53,15 @@ class GanParams(FedAvgParams):
 
     critic: float = 1.5
     """Learning rate of the discriminator over that of the generator."""
+    seek: float = 0.0
+    """Weight of the mode-seeking term; 0 leaves it out."""
     ema: float = 0.995
     """Decay of the running average of the generator's weights, a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.critic > 0, f"strategy.critic is {self.critic}; give a number above 0.")
+        require(self.seek >= 0, f"strategy.seek is {self.seek}; give 0 (none) or more.")
         require(0 <= self.ema < 1, f"strategy.ema is {self.ema}; give a number in [0, 1).")
 
 
@@ -74,15 +80,16 @@ class GanHalf(ClientHalf):
         done: list[tuple[Trained, Trained]] = []
         for step in local.clock.all_steps:
             once = range(step, step + 1)
-            codes = [
-                self._codes(local, what, step, len(batches(step)["y"])) for what in ("critic", "generator")
-            ]
+            size = len(batches(step)["y"])
+            codes = {what: self._codes(local, what, step, size) for what in ("critic", "generator", "second")}
             first = train(
-                local, critic_loss, extras={LATENT: codes[0], SCALE: data.scale}, frozen=frozenset(names - critic),
+                local, critic_loss, extras={LATENT: codes["critic"], SCALE: data.scale},
+                frozen=frozenset(names - critic),
                 params=faster, steps=once, batches=batches, scope="critic",
             )  # fmt: skip
             second = train(
-                local, generator_loss, extras={LATENT: codes[1], SCALE: data.scale},
+                local, generator_loss,
+                extras={LATENT: codes["generator"], SECOND: codes["second"], SEEK: self.params.seek},
                 hooks=Hooks(after_step=self.after_step), frozen=frozenset(names - moving), steps=once,
                 batches=batches, scope="generator",
             )  # fmt: skip
@@ -124,7 +131,12 @@ def generator_loss(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Return L_G."""
     module, y = gan_of(model), batch["y"]
-    return -module.discriminator(module.generator(extras[LATENT], y), y).mean(), {}
+    made = module.generator(extras[LATENT], y)
+    value = -module.discriminator(made, y).mean()
+    if extras[SEEK]:
+        gap = (made - module.generator(extras[SECOND], y)).abs().mean()
+        value = value + extras[SEEK] / (gap / (extras[LATENT] - extras[SECOND]).abs().mean() + 1e-5)
+    return value, {}
 
 
 def framed(x: Tensor, scale: Scale) -> Tensor:

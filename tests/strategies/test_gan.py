@@ -47,7 +47,7 @@ def twin(net: Gan, x: Tensor, y: Tensor, scale: Scale, rounds: int, steps: int, 
         real, labels = framed(x[rows], scale), y[rows]
         codes = [
             torch.randn(len(labels), 4, generator=seeds.torch_rng(3, f"latent {what}", 0, step))
-            for what in ("critic", "generator")
+            for what in ("critic", "generator", "second")
         ]
         made = net.generator(codes[0], labels).detach()
         loss = F.relu(1 - net.discriminator(real, labels)).mean()
@@ -56,7 +56,9 @@ def twin(net: Gan, x: Tensor, y: Tensor, scale: Scale, rounds: int, steps: int, 
         loss.backward()  # type: ignore[no-untyped-call]
         critic.step()
         generator.zero_grad()
-        (-net.discriminator(net.generator(codes[1], labels), labels).mean()).backward()  # type: ignore[no-untyped-call]
+        made, other = net.generator(codes[1], labels), net.generator(codes[2], labels)
+        ratio = (made - other).abs().mean() / (codes[1] - codes[2]).abs().mean()
+        (-net.discriminator(made, labels).mean() + 0.1 / (ratio + 1e-5)).backward()
         generator.step()
         with torch.no_grad():
             for average, own in zip(net.average.parameters(), net.generator.parameters(), strict=True):
@@ -66,7 +68,9 @@ def twin(net: Gan, x: Tensor, y: Tensor, scale: Scale, rounds: int, steps: int, 
 
 
 def test_one_client_is_the_plain_training_of_a_gan() -> None:
-    world = worlds.run("gan", {"ema": 0.9}, model=MODEL, local=LOCAL, federation={"clients": 1, "rounds": 2})
+    world = worlds.run(
+        "gan", {"ema": 0.9, "seek": 0.1}, model=MODEL, local=LOCAL, federation={"clients": 1, "rounds": 2}
+    )
     parts = world.parts
     data = parts.dataset
     chosen = torch.from_numpy(parts.train.indices(0).copy())
@@ -107,7 +111,11 @@ def test_the_gan_says_how_real_an_image_is_for_every_class() -> None:
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"critic": 0.0}, "strategy.critic is 0"), ({"ema": 1.0}, "strategy.ema is 1")],
+    [
+        ({"critic": 0.0}, "strategy.critic is 0"),
+        ({"ema": 1.0}, "strategy.ema is 1"),
+        ({"seek": -1.0}, "strategy.seek is -1"),
+    ],
 )
 def test_wrong_parameters_are_refused(options: dict[str, float], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
