@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,15 +170,20 @@ class Federation:
         return checkpoint.round
 
     def _rounds(self, done: int) -> tuple[str, str]:
-        plan = self._plan()
+        phases = self.strategy.phases(self.params.rounds)
+        rounds = sum(phase.rounds for phase in phases)
+        # One after the other: a run may be told to go on for ever.
+        plan = itertools.chain.from_iterable(itertools.repeat(phase, phase.rounds) for phase in phases)
         for callback in self.callbacks:
-            callback.started(len(plan), done + 1)
+            callback.started(rounds, done + 1)
         stopper = EarlyStop(self.stop)
         reason = stopper.reason(self.history) if done else None
         if not done and self.evaluation.every:
             self._evaluate_server(0)
-        entered: Phase | None = plan[done - 1] if done else None
-        for server_round, phase in enumerate(plan[done:], start=done + 1):
+        entered: Phase | None = None
+        for phase in itertools.islice(plan, done):
+            entered = phase
+        for server_round, phase in enumerate(plan, start=done + 1):
             if reason is not None:
                 return "stopped", reason
             self.strategy.phase = phase
@@ -185,7 +191,7 @@ class Federation:
                 self.model = self.strategy.start_phase(phase, self.model)
                 entered = phase
             self._exchange(server_round, phase)
-            last = server_round == len(plan)
+            last = server_round == rounds
             if last or _due(self.evaluation.every, server_round):
                 self._evaluate_server(server_round)
             if self.evaluation.clients_every and (last or _due(self.evaluation.clients_every, server_round)):
@@ -194,10 +200,6 @@ class Federation:
             if last or reason is not None or _due(self.checkpoint_every, server_round):
                 self._checkpoint(server_round)
         return ("stopped", reason) if reason is not None else ("completed", "")
-
-    def _plan(self) -> list[Phase]:
-        """Return the phase of every round."""
-        return [phase for phase in self.strategy.phases(self.params.rounds) for _ in range(phase.rounds)]
 
     def _exchange(self, server_round: int, phase: Phase) -> None:
         """Ask the clients, use what is usable, and move the model."""
