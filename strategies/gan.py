@@ -33,7 +33,7 @@ from flowerbed import seeds
 from flowerbed.clients.data import Batch
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained, shared_model
-from flowerbed.clients.training import Hooks, own_batches, train
+from flowerbed.clients.training import Batches, Hooks, own_batches, train
 from flowerbed.datasets.augment import Scale
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.generators import SIDE, Gan
@@ -78,20 +78,21 @@ class GanHalf(ClientHalf):
         moving = {name for name in names - critic if not name.startswith(AVERAGE)}
         faster = replace(local.local, lr=local.local.lr * self.params.critic)
         done: list[tuple[Trained, Trained]] = []
+        purposes = ("critic", "generator", "second") if self.params.seek else ("critic", "generator")
         for step in local.clock.all_steps:
             once = range(step, step + 1)
-            size = len(batches(step)["y"])
-            codes = {what: self._codes(local, what, step, size) for what in ("critic", "generator", "second")}
+            batch = batches(step)
+            codes = {what: self._codes(local, what, step, len(batch["y"])) for what in purposes}
             first = train(
                 local, critic_loss, extras={LATENT: codes["critic"], SCALE: data.scale},
                 frozen=frozenset(names - critic),
-                params=faster, steps=once, batches=batches, scope="critic",
+                params=faster, steps=once, batches=_always(batch), scope="critic",
             )  # fmt: skip
             second = train(
                 local, generator_loss,
-                extras={LATENT: codes["generator"], SECOND: codes["second"], SEEK: self.params.seek},
+                extras={LATENT: codes["generator"], SECOND: codes.get("second"), SEEK: self.params.seek},
                 hooks=Hooks(after_step=self.after_step), frozen=frozenset(names - moving), steps=once,
-                batches=batches, scope="generator",
+                batches=_always(batch), scope="generator",
             )  # fmt: skip
             done.append((first, second))
         means = [sum(pair[place].metrics["loss"] for pair in done) / len(done) for place in (0, 1)]
@@ -113,6 +114,11 @@ class GanHalf(ClientHalf):
         rng = seeds.torch_rng(local.seed, f"latent {purpose}", local.client, step, device=local.device.type)
         shape = gan_of(local.parts).generator.latent
         return torch.randn(count, *shape, generator=rng, device=local.device)
+
+
+def _always(batch: Batch) -> Batches:
+    """Return one batch for every step: both networks move on it."""
+    return lambda step: batch
 
 
 def critic_loss(

@@ -45,7 +45,6 @@ from flowerbed.strategies.attacks.presets import STAGED, WITHOUT_SEARCH
 KEYS = ("settings", "rounds", "clients", "defences", "attacks", "grant", "normalisation")
 OBLIVIOUS, ADAPTIVE = "oblivious", "adaptive"
 Say = Callable[[str], None]
-FIGURES = ("psnr", "ssim", "labels", "top-1", "hit")
 
 
 @dataclass(frozen=True)
