@@ -1,11 +1,14 @@
-"""Published methods, one module each, run by ``flowerbed reproduce <slug>``.
+"""Published methods, one module or package each, run by ``flowerbed reproduce <slug>``.
 
-A paper is two files: ``experiments/papers/<slug with underscores>.py`` holds what the paper invented and what it
-claims, ``experiments/conf/paper/<slug>.yaml`` every number of its protocol. Nothing else is edited; the slug must be in
-the catalogue. This is how to write one; ``ps_kd`` and ``global_mp`` are examples.
+A paper is its code, ``experiments/papers/<slug with underscores>``, and every number of its protocol,
+``experiments/conf/paper/<slug>.yaml``. Nothing else is edited; the slug must be in the catalogue. This is how to write
+one; ``ps_kd`` and ``dr_tune`` are examples.
 
-**The module** (about 200 lines, a third of it docstring) begins with the reference, the equations in the paper's
-letters, the controls, and what differs from the released code and why. It ends with ``PAPER = Paper(...)``.
+**The module** begins with the reference, the equations in the paper's letters, the controls, and what differs from the
+released code and why. What the paper invented is in it and nothing else. A small paper is one file, which ends with
+``PAPER = Paper(...)``. Others are a package: ``__init__`` is the method, ``probes`` the models and data of the
+reproduction and what it measures, ``claims`` says ``PAPER``, ``central`` has the plain twins, ``figure`` the picture.
+A change of the last three repeats no run.
 
 *The method* is a strategy like any other, a server half and a client half; most papers override one or two methods of
 ``ClientHalf`` and derive the server from ``FedAvg``, which with one client is the identity::

@@ -1,7 +1,8 @@
 """What a result was made from, as hashes: so that a record knows when it is out of date.
 
 The code of a paper counts without comments, docstrings and its ``PAPER = ...`` statement: rewording a claim or a
-comment repeats no run. Settings count as the paper states them, at one scale; where a run is computed does not.
+comment repeats no run. In a package the modules of claims, plain twins and picture do not count either. Settings count
+as the paper states them, at one scale; where a run is computed does not.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def claims(paper: Paper) -> str:
 
 def module(paper: Paper) -> str:
     """Return the hash of the paper's own code and of the modules that it uses."""
-    sources = [inspect.getsource(importlib.import_module(name)) for name in (paper.module, *paper.uses)]
+    sources = [inspect.getsource(importlib.import_module(name)) for name in paper.sources()]
     return digest([code_of(source) for source in sources])
 
 

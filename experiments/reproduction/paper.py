@@ -20,9 +20,10 @@ The numbers of a paper are its *protocol*, ``experiments/conf/paper/<slug>.yaml`
       full: {...}
 
 Later ones win: settings, arm, scale, the scale's own for the arm, the command line. ``":PsKd"`` is a name in the
-paper's module. ``{seed}`` is the seed of the run, ``{model:ARM}`` the model file of another arm, ``{model:ARM@0}`` that
-of a given seed, ``{model:SLUG/ARM}`` that of another paper. Unless it says otherwise a paper is one client that always
-takes part and keeps its optimizer: the same as a central run.
+paper's module, ``".probes:conv3"`` one in a module of its package. ``{seed}`` is the seed of the run, ``{model:ARM}``
+the model file of another arm, ``{model:ARM@0}`` that of a given seed, ``{model:SLUG/ARM}`` that of another paper.
+Unless it says otherwise a paper is one client that always takes part and keeps its optimizer: the same as a central
+run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import difflib
 import fnmatch
 import importlib
 import itertools
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +69,12 @@ ONE_CLIENT: Settings = {
 pictures."""
 PLACEHOLDER = re.compile(r"\{([\w:@/.-]+)\}")
 MODEL_OF = "model:"
+OWN_NAME = re.compile(r"(\.[A-Za-z_]\w*)?:[A-Za-z_]\w*")
+"""A name of the paper's own module, or of a module of its package."""
+CLAIMS = "claims"
+"""The module of a paper's package that says PAPER."""
+ASIDE = (CLAIMS, "central", "figure")
+"""Modules of a paper's package that no result comes from."""
 
 Measure = Callable[["Finished"], Mapping[str, float]]
 """Metrics of one run, made once it is over."""
@@ -100,8 +108,14 @@ class Paper:
 
     @property
     def module(self) -> str:
-        """The module that holds the paper."""
-        return self.address.partition(":")[0]
+        """The module or package that holds the paper."""
+        return self.address.partition(":")[0].removesuffix(f".{CLAIMS}")
+
+    def sources(self) -> list[str]:
+        """Return the modules that its results come from: its own but ``ASIDE``, and what it uses."""
+        own = importlib.import_module(self.module)
+        parts = sorted(part.name for part in pkgutil.iter_modules(getattr(own, "__path__", ())))
+        return [self.module, *(f"{self.module}.{part}" for part in parts if part not in ASIDE), *self.uses]
 
     @property
     def title(self) -> str:
@@ -149,7 +163,8 @@ class Scale:
 
 def built() -> list[str]:
     """Return the slugs of the papers that have a module, sorted."""
-    return sorted(p.stem.replace("_", "-") for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+    modules = (part.name for part in pkgutil.iter_modules([str(FOLDER)]))
+    return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
 
 
 def load_paper(name: str) -> Paper:
@@ -164,8 +179,11 @@ def load_paper(name: str) -> Paper:
             near = difflib.get_close_matches(name, catalogue(), n=5, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"Unknown paper '{name}'.{hint} All of them: flowerbed papers.")
-        address = f"{PACKAGE}.{name.replace('-', '_')}:PAPER"
-        found = getattr(importlib.import_module(address.partition(":")[0]), "PAPER", None)
+        module = f"{PACKAGE}.{name.replace('-', '_')}"
+        if hasattr(importlib.import_module(module), "__path__"):
+            module += f".{CLAIMS}"
+        address = f"{module}:PAPER"
+        found = getattr(importlib.import_module(module), "PAPER", None)
     require(isinstance(found, Paper), f"{address} is no Paper; write PAPER = Paper(...) there.")
     # Not dataclasses.replace: papers are compared by what they say, and this is only where they lie.
     object.__setattr__(found, "address", address)
@@ -254,12 +272,12 @@ def _filled(value: Any, names: Mapping[str, Any], whole: bool = True) -> Any:
 
 
 def _located(value: Any, module: str) -> Any:
-    """Return ``value`` with every ":Name" as an import path into the paper's module."""
+    """Return ``value`` with every ":Name" and ".part:Name" as an import path into the paper's module."""
     if isinstance(value, Mapping):
         return {key: _located(one, module) for key, one in value.items()}
     if isinstance(value, list):
         return [_located(one, module) for one in value]
-    return module + value if isinstance(value, str) and re.fullmatch(r":[A-Za-z_]\w*", value) else value
+    return module + value if isinstance(value, str) and OWN_NAME.fullmatch(value) else value
 
 
 def _leaves(value: Any) -> Iterator[str]:

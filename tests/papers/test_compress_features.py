@@ -20,9 +20,8 @@ from flowerbed.experiments.papers.compress_features import (
     CompressParams,
     CoTeachHalf,
     cut_off,
-    ordered,
-    ramp,
 )
+from flowerbed.experiments.papers.compress_features.probes import ordered, ramp
 from flowerbed.models.batchnorm import fixed_statistics
 from flowerbed.models.feature_masks import (
     LeadingLinear,
@@ -33,8 +32,8 @@ from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
 
 MODULE = "flowerbed.experiments.papers.compress_features"
-NET = {"name": f"{MODULE}:ordered", "width": 16}
-TWO = {"name": "flowerbed.models.pair:pair", "of": f"{MODULE}:ordered", "options": {"width": 16}}
+NET = {"name": f"{MODULE}.probes:ordered", "width": 16}
+TWO = {"name": "flowerbed.models.pair:pair", "of": f"{MODULE}.probes:ordered", "options": {"width": 16}}
 DATA = {"name": "noisy_labels", "of": "digits", "per_class": 30, "validation_per_class": 6}
 
 
@@ -133,7 +132,7 @@ def batch_of(size: int) -> dict[str, Tensor]:
 def test_each_network_learns_from_what_the_other_one_chose() -> None:
     """By hand: the gradient of A's weights is that of A's loss on the samples of H2 that B finds easy, and so on."""
     torch.manual_seed(0)
-    two = pair((1, 8, 8), 10, of=f"{MODULE}:ordered", options={"width": 16}).train()
+    two = pair((1, 8, 8), 10, of=f"{MODULE}.probes:ordered", options={"width": 16}).train()
     batch, keep = batch_of(12), leading(16, 9)
     statistics = two.first.state_dict()["body.3.running_mean"].clone()
     half = CoTeachHalf(CompressParams(forget=0.5))
@@ -159,7 +158,7 @@ def test_each_network_learns_from_what_the_other_one_chose() -> None:
 
 def test_forgetting_nothing_is_plain_tuning_of_each_network_on_the_others_half() -> None:
     torch.manual_seed(0)
-    two = pair((1, 8, 8), 10, of=f"{MODULE}:ordered", options={"width": 16}).train()
+    two = pair((1, 8, 8), 10, of=f"{MODULE}.probes:ordered", options={"width": 16}).train()
     batch = {**batch_of(8), MASK: leading(16, 4)}
     half = CoTeachHalf(CompressParams(forget=0.0, mask="nested"))
     value, _ = half.loss(ModelParts.resident(two), batch, {CHANNELS: leading(16, 16)}, Classification(10))

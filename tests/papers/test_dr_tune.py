@@ -23,16 +23,16 @@ from flowerbed.experiments.papers.dr_tune import (
     Bank,
     DrTuneHalf,
     DrTuneParams,
-    backbone,
     calibrated,
 )
+from flowerbed.experiments.papers.dr_tune.probes import backbone
 from flowerbed.models.alignment import centred, rotation
 from flowerbed.models.base import Net
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
 
 DR = "flowerbed.experiments.papers.dr_tune:DrTune"
-NET = {"name": "flowerbed.experiments.papers.dr_tune:backbone"}
+NET = {"name": "flowerbed.experiments.papers.dr_tune.probes:backbone"}
 DATA = {"name": "excerpt", "of": "digits", "classes": [6, 7, 8, 9], "per_class": 15}
 LOCAL = {
     "batch_size": 10,

@@ -21,9 +21,9 @@ from flowerbed.experiments.papers.global_mp import (
     GlobalMp,
     GlobalMpHalf,
     GlobalMpParams,
-    bottleneck,
     refined,
 )
+from flowerbed.experiments.papers.global_mp.probes import bottleneck
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.sparsity import keep_largest, prunable, sparsity_of
 from flowerbed.server.sampling import UniformSampler

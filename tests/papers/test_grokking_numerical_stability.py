@@ -16,9 +16,9 @@ from flowerbed.experiments.papers.grokking_numerical_stability import (
     COLLAPSED,
     StabilityHalf,
     StabilityParams,
-    mlp,
     perpendicular,
 )
+from flowerbed.experiments.papers.grokking_numerical_stability.probes import mlp
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
 

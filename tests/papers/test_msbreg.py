@@ -23,20 +23,19 @@ from flowerbed.experiments.papers.msbreg import (
     VIEWS,
     MsbHalf,
     MsbParams,
-    embedder,
     flatness,
     kick,
-    probed,
     pulled,
     unit,
 )
+from flowerbed.experiments.papers.msbreg.probes import embedder, probed
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import MeasuredTask
 from flowerbed.seeds import torch_rng
 
 MSB = "flowerbed.experiments.papers.msbreg:Msb"
-MODEL = "flowerbed.experiments.papers.msbreg:embedder"
+MODEL = "flowerbed.experiments.papers.msbreg.probes:embedder"
 DIGITS = {"name": "flowerbed.datasets.unlabelled:Unlabelled", "of": "digits"}
 SECTIONS: dict[str, Any] = {
     "dataset": DIGITS,
@@ -47,7 +46,7 @@ SECTIONS: dict[str, Any] = {
     "evaluation": {
         "every": 0,
         "clients_every": 0,
-        "measures": ["flowerbed.experiments.papers.msbreg:probed"],
+        "measures": ["flowerbed.experiments.papers.msbreg.probes:probed"],
     },
 }
 

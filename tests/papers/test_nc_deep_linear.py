@@ -10,13 +10,7 @@ import worlds
 from torch import Tensor
 
 from flowerbed.errors import ConfigError
-from flowerbed.experiments.papers.nc_deep_linear import (
-    DeepLinearParams,
-    Frame,
-    frame,
-    root,
-    threshold,
-)
+from flowerbed.experiments.papers.nc_deep_linear import DeepLinearParams, Frame, frame, root, threshold
 from flowerbed.models.deep_linear import TABLE
 
 STRATEGY = "flowerbed.experiments.papers.nc_deep_linear:DeepLinear"

@@ -14,12 +14,12 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments.measures import Measured
 from flowerbed.experiments.papers.one_step_gd_icl import (
     LinearAttention,
-    judged,
     linear_attention,
     moments,
     optimum,
     population_loss,
 )
+from flowerbed.experiments.papers.one_step_gd_icl.probes import judged
 from flowerbed.seeds import torch_rng
 
 PAPER = "flowerbed.experiments.papers.one_step_gd_icl"
@@ -227,7 +227,7 @@ def test_a_client_each_is_the_pooled_step() -> None:
         partition={"name": "iid"},
         federation={"clients": 2, "rounds": 5},
         local={"steps": 1, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "persist": True},
-        evaluation={"measures": [f"{PAPER}:judged"]},
+        evaluation={"measures": [f"{PAPER}.probes:judged"]},
     )
     net = world.parts.spec.model.build(3)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)

@@ -17,7 +17,6 @@ from flowerbed.clients.params import LocalParams
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.measures import Measured
-from flowerbed.experiments.papers import qlae
 from flowerbed.experiments.papers.qlae import (
     VALUES,
     AeHalf,
@@ -28,10 +27,11 @@ from flowerbed.experiments.papers.qlae import (
     TcvaeHalf,
     TcvaeParams,
     decays,
-    disentangled,
     in_order,
+    probes,
     total_correlation,
 )
+from flowerbed.experiments.papers.qlae.probes import disentangled
 from flowerbed.models.autoencoders import Autoencoder, Decoding, autoencoder
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.disentanglement import InfoMec
@@ -193,7 +193,7 @@ def test_many_clients_train_and_keep_their_codebooks_in_order() -> None:
         data={"client_samples": 400},
         model={"name": NAME, "hidden": [8]},
         local={"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
-        evaluation={"every": 0, "clients_every": 0, "measures": [f"{qlae.__name__}:disentangled"]},
+        evaluation={"every": 0, "clients_every": 0, "measures": [f"{probes.__name__}:disentangled"]},
     )
     values = world.trained[VALUES]
     assert values.shape == (4, 5)
@@ -210,8 +210,8 @@ def test_the_measures_know_codes_from_numbers(monkeypatch: pytest.MonkeyPatch) -
         seen.append(latents.dtype.kind)
         return found(latents, factors)
 
-    found = qlae.infomec
-    monkeypatch.setattr(qlae, "infomec", noted)
+    found = probes.infomec
+    monkeypatch.setattr(probes, "infomec", noted)
     for latent, kinds in (("quantised", ["i"]), ("plain", ["f", "i"])):
         seen.clear()
         net = net_of(latent).eval()

@@ -14,18 +14,16 @@ from flowerbed import seeds
 from flowerbed.datasets.regression import TARGET
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.papers.sgd_dynamical_stability import (
-    Diagonal,
     Stability,
     StabilityParams,
-    central,
     coordinates,
     critical_rate,
-    diagonal,
     next_moment,
     pulled,
     trace_of,
-    two_layer,
 )
+from flowerbed.experiments.papers.sgd_dynamical_stability.central import central
+from flowerbed.experiments.papers.sgd_dynamical_stability.probes import Diagonal, diagonal, two_layer
 from flowerbed.models.curvature import gram, output_gradients
 from flowerbed.strategies.base import Phase
 
@@ -45,10 +43,10 @@ def moment_of(r: int, seed: int = 4) -> Tensor:
 def run(options: dict[str, Any], **sections: Any) -> worlds.World:
     base: dict[str, Any] = {
         "dataset": DATA,
-        "model": {"name": f"{MODULE}:diagonal"},
+        "model": {"name": f"{MODULE}.probes:diagonal"},
         "partition": {"name": "iid"},
         "local": {"batch_size": 1, "replacement": True, "lr": 0.05, "steps": 1},
-        "evaluation": {"measures": [f"{MODULE}:sharpness"]},
+        "evaluation": {"measures": [f"{MODULE}.probes:sharpness"]},
     }
     return worlds.run(
         f"{MODULE}:Stability",

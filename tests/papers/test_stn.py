@@ -20,26 +20,28 @@ from flowerbed.datasets.augment import PIXELS
 from flowerbed.errors import ClientError, ConfigError
 from flowerbed.experiments.measures import Measured
 from flowerbed.experiments.papers.stn import (
-    AT_BEST,
-    BEST,
-    FIXED,
     HYPER,
     LAMBDAS,
     SCALE,
     SPREAD,
     StnHalf,
     StnParams,
+    entropy,
+    normal_equations,
+    response,
+    validation_loss,
+)
+from flowerbed.experiments.papers.stn.probes import (
+    AT_BEST,
+    BEST,
+    FIXED,
     at_best,
     best_of_grid,
     diabetes,
-    entropy,
     exact_response,
     hypergradients,
     hyperparameters,
-    normal_equations,
-    response,
     responses,
-    validation_loss,
 )
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec

@@ -22,16 +22,14 @@ from flowerbed.experiments.papers.weight_compander import (
     WeightCompander,
     WeightCompanderHalf,
     WeightCompanderParams,
-    at_best,
-    at_the_best_rate,
     bounded,
     companded,
-    companding,
-    conv3,
     curve,
     psi,
     psi_inverse,
 )
+from flowerbed.experiments.papers.weight_compander.claims import at_best
+from flowerbed.experiments.papers.weight_compander.probes import at_the_best_rate, companding, conv3
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.reparametrised import effective_state_dict, fold, part_name, raw_name, raw_names
@@ -43,7 +41,7 @@ WC = f"{HERE}:WeightCompander"
 A, B = torch.tensor(3.0, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
 
 
-def network(of: str = f"{HERE}:conv3", seed: int = 5, **asked: Any) -> nn.Module:
+def network(of: str = f"{HERE}.probes:conv3", seed: int = 5, **asked: Any) -> nn.Module:
     return build_model(f"{HERE}:companded", (1, 8, 8), 10, seed, of=of, asked=asked, options={}).eval()
 
 
@@ -84,7 +82,7 @@ def test_small_weights_grow_and_large_ones_shrink_about_the_fixed_point() -> Non
 
 
 def test_all_start_as_the_plain_network() -> None:
-    plain, x = build_model(f"{HERE}:conv3", (1, 8, 8), 10, 5).eval(), images()
+    plain, x = build_model(f"{HERE}.probes:conv3", (1, 8, 8), 10, 5).eval(), images()
     for asked in ({}, {"learned": True}, {"shape": "tanh"}, {"shape": "mulaw"}):
         torch.testing.assert_close(network(**asked)(x), plain(x), rtol=0, atol=1e-6)
     naive = network(start="naive")
@@ -93,7 +91,7 @@ def test_all_start_as_the_plain_network() -> None:
 
 
 def test_units_are_the_spread_of_the_layers_initial_weights() -> None:
-    plain, model = build_model(f"{HERE}:conv3", (1, 8, 8), 10, 5), network()
+    plain, model = build_model(f"{HERE}.probes:conv3", (1, 8, 8), 10, 5), network()
     for raw in raw_names(model.state_dict()):
         name = raw.replace("parametrizations.", "").replace(".original", "")
         s = plain.state_dict()[name].std()

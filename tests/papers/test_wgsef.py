@@ -26,9 +26,8 @@ from flowerbed.experiments.papers.wgsef import (
     envelope,
     envelope_factors,
     shares,
-    sparse_regression,
-    tuned,
 )
+from flowerbed.experiments.papers.wgsef.probes import sparse_regression, tuned
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.groups import norms
@@ -37,7 +36,7 @@ from flowerbed.models.zoo import build_model
 
 HERE = "flowerbed.experiments.papers.wgsef"
 WGSEF = f"{HERE}:Wgsef"
-NET = {"name": f"{HERE}:conv_net", "widths": (4, 4, 4, 8)}
+NET = {"name": f"{HERE}.probes:conv_net", "widths": (4, 4, 4, 8)}
 
 
 def vector(*values: float) -> Tensor:
