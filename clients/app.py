@@ -22,7 +22,7 @@ from flowerbed.clients.data import ClientData, ViewCache
 from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, MODEL, Clock, LocalRound, Metric, Reply
+from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, ClientStore
 from flowerbed.clients.transforms import ClientTransform, Request
@@ -155,7 +155,7 @@ class Sent:
             {n: messages.tensors(r) for n, r in messages.array_records(content).items()},
             config,
             round_,
-            round_ + int(_number(config, EARLIER, 0)),
+            round_ + int(_number(config, messages.EARLIER, 0)),
             str(config.get("phase", "train")),
             _number(config, "time-limit", 0.0),
         )

@@ -25,8 +25,6 @@ Extras = Mapping[str, Any]
 """What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
 Metric = int | float | list[int] | list[float]
 
-EARLIER = "earlier-rounds"
-"""Setting of a message: rounds of the run before the first that ``server-round`` counts (a statistics phase)."""
 MODEL = "arrays"
 """The stream that carries the model; Flower's own strategies use the same name."""
 

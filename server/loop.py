@@ -130,6 +130,8 @@ class Federation:
                 "Checkpoints need a metrics log beside them; give Federation(log=MetricsLog(...))."
             )
         self.history: list[Record] = []
+        self._earlier = 0
+        """The rounds of preparatory phases, which strategy and clients do not count."""
 
     def run(self, *, resume: bool = False) -> RunResult:
         """Run all phases and return the result.
@@ -172,6 +174,7 @@ class Federation:
     def _rounds(self, done: int) -> tuple[str, str]:
         phases = self.strategy.phases(self.params.rounds)
         rounds = sum(phase.rounds for phase in phases)
+        self._earlier = _preparatory(phases)
         # One after the other: a run may be told to go on for ever.
         plan = itertools.chain.from_iterable(itertools.repeat(phase, phase.rounds) for phase in phases)
         for callback in self.callbacks:
@@ -210,7 +213,9 @@ class Federation:
         elif self.exchange == "pooled" and phase.message_type == "train":
             raise ConfigError(f"grid.exchange=pooled cannot be used: {refusal}; set grid.exchange=auto.")
         else:
-            asked = list(self.strategy.configure_train(server_round, arrays, self._config(), self.grid))
+            asked = list(
+                self.strategy.configure_train(self._counted(server_round), arrays, self._config(), self.grid)
+            )
             _require_someone(server_round, asked)
             answers = self._ask(asked, server_round, phase.name)
         wanted = answers.asked if phase.everyone else self.params.wanted
@@ -252,9 +257,9 @@ class Federation:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         settled, pooling = answers.settled, self.strategy.pooled
         if settled is None or settled.layout is None or pooling is None:
-            return self.strategy.aggregate_train(server_round, answers.usable[:used])
+            return self.strategy.aggregate_train(self._counted(server_round), answers.usable[:used])
         pooled = Pooled.of(pooling, settled.layout, settled.sums)
-        return self.strategy.aggregate_pooled(server_round, pooled)
+        return self.strategy.aggregate_pooled(self._counted(server_round), pooled)
 
     def pooling_refusal(self) -> str | None:
         """Return a sentence that says why training replies of this phase come as messages; None if as sums."""
@@ -272,10 +277,11 @@ class Federation:
 
     def _evaluate_clients(self, server_round: int) -> None:
         arrays = messages.array_record(self.strategy.deliver(self.model))
-        asked = list(self.strategy.configure_evaluate(server_round, arrays, self._config(), self.grid))
+        counted = self._counted(server_round)
+        asked = list(self.strategy.configure_evaluate(counted, arrays, self._config(), self.grid))
         if asked:
             answers = self._ask(asked, server_round, CLIENTS)
-            metrics = self.strategy.aggregate_evaluate(server_round, answers.usable)
+            metrics = self.strategy.aggregate_evaluate(counted, answers.usable)
             self._record(answers.record(self._derived(_plain(metrics))))
 
     def _evaluate_server(self, server_round: int) -> None:
@@ -296,7 +302,9 @@ class Federation:
     def _pool(self, arrays: ArrayRecord, server_round: int, phase: str) -> _Answers:
         """Let the grid run the clients and add up their replies."""
         started = time.perf_counter()
-        content, nodes = self.strategy.question(server_round, arrays, self._config(), self.grid)
+        content, nodes = self.strategy.question(
+            self._counted(server_round), arrays, self._config(), self.grid
+        )
         _require_someone(server_round, nodes)
         pooling = self.strategy.pooled or {}
         answered = self._announcer(server_round, phase, len(nodes))
@@ -371,8 +379,13 @@ class Federation:
             usable=checked.usable,
         )
 
+    def _counted(self, server_round: int) -> int:
+        """Return the number of a round as strategy and clients count it."""
+        return server_round - self._earlier
+
     def _config(self) -> ConfigRecord:
-        return ConfigRecord({"time-limit": self.params.time_limit} if self.params.time_limit else {})
+        limit = {"time-limit": self.params.time_limit} if self.params.time_limit else {}
+        return ConfigRecord({**limit, **({messages.EARLIER: self._earlier} if self._earlier else {})})
 
     def _record(self, record: Record) -> None:
         self.history.append(record)
@@ -394,6 +407,15 @@ class Federation:
 def _require_someone(server_round: int, asked: Sequence[object]) -> None:
     if not asked:
         raise RunError(f"Round {server_round}: the strategy asked no client.")
+
+
+def _preparatory(phases: Sequence[Phase]) -> int:
+    """Return the rounds that are not counted; raises ``ConfigError`` where some follow counted ones."""
+    first = list(itertools.takewhile(lambda phase: phase.preparatory, phases))
+    late = next((phase.name for phase in phases[len(first) :] if phase.preparatory), None)
+    if late is not None:
+        raise ConfigError(f"Phase '{late}' is preparatory and follows one that is not; put it first.")
+    return sum(phase.rounds for phase in first)
 
 
 def _due(every: int, server_round: int) -> bool:

@@ -63,6 +63,9 @@ class Phase:
     """``train``, or ``query`` for rounds that ask for statistics and leave the model as it is."""
     everyone: bool = False
     """Whether all clients are asked, whatever the cohort."""
+    preparatory: bool = False
+    """Whether its rounds are not counted: the strategy, the clients and the samplers see those of the phases after
+    it as in a run without it, from 1, and its own up to 0. Only phases at the start can be."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from flowerbed.clients.local_round import EARLIER
 from flowerbed.errors import ConfigError, unknown_name
 from flowerbed.models.base import ModelSpec
 from flowerbed.storage import TensorGroups, Tensors
@@ -48,13 +47,8 @@ class Composed(FederatedStrategy):
         self.individual_replies = base.individual_replies
 
     def own_phases(self) -> list[Phase]:
-        """Return the phases before the base's."""
+        """Return the phases before the base's, all of them preparatory."""
         return []
-
-    @property
-    def earlier(self) -> int:
-        """The rounds of the own phases."""
-        return sum(phase.rounds for phase in self.own_phases())
 
     @property
     def own(self) -> bool:
@@ -97,16 +91,14 @@ class Composed(FederatedStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         if self.own:
-            # Counted up to 0, so that no stream of a training round is drawn twice.
-            own = ConfigRecord({**config, EARLIER: self.earlier})
-            return super().configure_train(server_round - self.earlier, arrays, own, grid)
-        return self.inner.configure_train(*self._later(server_round, arrays, config, grid))
+            return super().configure_train(server_round, arrays, config, grid)
+        return self.inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.base.rejected = self.rejected
-        return self.inner.aggregate_train(server_round - self.earlier, replies)
+        return self.inner.aggregate_train(server_round, replies)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -114,10 +106,10 @@ class Composed(FederatedStrategy):
         if self.own:
             # An algorithm need not know how to be evaluated before its first round.
             return []
-        return self.inner.configure_evaluate(*self._later(server_round, arrays, config, grid))
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return self.inner.aggregate_evaluate(server_round - self.earlier, replies)
+        return self.inner.aggregate_evaluate(server_round, replies)
 
     def state_dict(self) -> TensorGroups:
         own = {OWN + group: tensors for group, tensors in self.state.items()}
@@ -126,10 +118,3 @@ class Composed(FederatedStrategy):
     def load_state_dict(self, state: TensorGroups) -> None:
         self.state = {g.removeprefix(OWN): tensors for g, tensors in state.items() if g.startswith(OWN)}
         self.inner.load_state_dict({g: tensors for g, tensors in state.items() if not g.startswith(OWN)})
-
-    def _later(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> tuple[int, ArrayRecord, ConfigRecord, Grid]:
-        earlier = self.earlier
-        later = ConfigRecord({**config, EARLIER: earlier}) if earlier else config
-        return server_round - earlier, arrays, later, grid

@@ -338,7 +338,7 @@ class Ggeur(Composed):
         self.individual_replies = self.base.individual_replies or alone
 
     def own_phases(self) -> list[Phase]:
-        return [Phase(STATISTICS, 1, "query", everyone=True)] if self.params.asks else []
+        return [Phase(STATISTICS, 1, "query", everyone=True, preparatory=True)] if self.params.asks else []
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)
@@ -393,7 +393,7 @@ class Ggeur(Composed):
         replies = list(replies)
         if self.own:
             usable = [decode(reply) for reply in replies if reply.has_content()]
-            return None, self._shape(server_round - self.earlier, usable)
+            return None, self._shape(server_round, usable)
         aggregated = super().aggregate_train(server_round, replies)
         if self.params.asks:
             nodes = {reply.metadata.src_node_id for reply in replies if reply.has_content()}

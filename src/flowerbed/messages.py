@@ -24,6 +24,9 @@ from flowerbed.errors import ConfigError
 
 AnyArray = npt.NDArray[Any]
 
+EARLIER = "earlier-rounds"
+"""Setting of a message: rounds of the run before the first that ``server-round`` counts (a preparatory phase)."""
+
 # numpy.save writes a header padded to a multiple of 64 bytes, 128 for every array of fewer than about ten
 # dimensions; together with its name that is what one array costs on a wire beyond its values.
 ARRAY_OVERHEAD_BYTES = 128

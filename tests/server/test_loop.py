@@ -15,6 +15,8 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowerbed import messages
+from flowerbed.clients.local_round import LocalRound, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import DiskStore
 from flowerbed.errors import CheckpointError, ConfigError, FlowerbedError, RunError
@@ -24,6 +26,7 @@ from flowerbed.server.loop import Federation
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 from flowerbed.server.sampling import UniformSampler
 from flowerbed.storage import Tensors
+from flowerbed.strategies.base import Phase
 from flowerbed.strategies.fedavg import FedAvg
 
 LOCAL = LocalParams(lr=0.1, batch_size=0)
@@ -93,6 +96,51 @@ def test_a_model_that_diverges_is_an_error() -> None:
 
     made = toys.quadratic_federation(toys.with_half(Explode(), toys.QuadraticHalf()), 2, LOCAL)
     with pytest.raises(RunError, match="aggregated model is not finite \\('w'\\)"):
+        made.run()
+
+
+class Prepared(FedAvg):
+    """FedAvg after a round that asks for statistics, and does nothing with them."""
+
+    def phases(self, rounds: int) -> list[Phase]:
+        return [Phase("ask", 1, "query", everyone=True, preparatory=True), *super().phases(rounds)]
+
+    def aggregate(self, server_round: int, current: Tensors, replies: Any) -> Tensors:
+        return {} if self.phase.name == "ask" else super().aggregate(server_round, current, replies)
+
+
+class Answering(toys.QuadraticHalf):
+    def query(self, local: LocalRound) -> Reply:
+        return Reply({}, {"num-examples": 1})
+
+
+def test_a_preparatory_round_leaves_the_others_as_they_are() -> None:
+    """Their numbers, hence the schedules, streams and cohorts that go by them; the record counts every round."""
+    told: list[tuple[Any, ...]] = []
+
+    class Listening(Sabotage):
+        def send_and_receive(self, sent: Any, **options: Any) -> list[Message]:
+            found = messages.settings(sent[0].content)
+            told.append((found["phase"], found["server-round"], found.get(messages.EARLIER)))
+            return super().send_and_receive(sent, **options)
+
+    made = toys.quadratic_federation(toys.with_half(Prepared(), Answering()), 2, LOCAL, owners=range(2))
+    made.grid = Listening(made.grid, lambda reply: reply)  # type: ignore[assignment]
+    result = made.run()
+    assert told == [("ask", 0, 1), ("train", 1, 1), ("train", 2, 1)]
+    assert [record.round for record in result.history if record.asked] == [1, 2, 3]
+    assert torch.equal(result.model["w"], federation(2).run().model["w"])
+
+
+def test_nothing_is_prepared_after_the_start() -> None:
+    class Late(Prepared):
+        def phases(self, rounds: int) -> list[Phase]:
+            return super().phases(rounds)[::-1]
+
+    made = toys.quadratic_federation(toys.with_half(Late(), Answering()), 2, LOCAL, owners=range(2))
+    with pytest.raises(
+        ConfigError, match="Phase 'ask' is preparatory and follows one that is not; put it first"
+    ):
         made.run()
 
 

@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from flwr.app import ConfigRecord
 from torch import Tensor
 
 from flowerbed import messages
 from flowerbed.clients.data import ClientData
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, LocalRound, Reply
+from flowerbed.clients.local_round import LocalRound, Reply
 from flowerbed.clients.training import train
 from flowerbed.errors import ClientError, ConfigError, RunError
 from flowerbed.experiments.simulation import resume, simulate
 from flowerbed.server.loop import RunResult
-from flowerbed.strategies.base import Phase
 from flowerbed.strategies.ggeur import (
     BALANCED,
     HEAD,
@@ -210,24 +208,6 @@ def test_prototypes_are_those_of_the_others() -> None:
             for c in range(10):
                 torch.testing.assert_close(sent["mean"][row, c], x[y == c].mean(0), rtol=1e-4, atol=1e-4)
         assert bool((sent["known"] == 1).all())
-
-
-def test_messages_name_the_rounds_of_the_base() -> None:
-    strategy = strategy_of(world())
-    config = ConfigRecord({})
-    strategy.phase = Phase(STATISTICS, 1, "query", everyone=True)
-
-    class Nodes:
-        def get_node_ids(self) -> list[int]:
-            return [1, 2, 3, 4]
-
-    arrays = messages.array_record(strategy.current)
-    asked = list(strategy.configure_train(1, arrays, config, Nodes()))  # type: ignore[arg-type]
-    assert messages.settings(asked[0].content)["server-round"] == 0
-    strategy.phase = Phase("train", 2)
-    asked = list(strategy.configure_train(2, arrays, config, Nodes()))  # type: ignore[arg-type]
-    found = messages.settings(asked[0].content)
-    assert (found["server-round"], found[EARLIER]) == (1, 1)
 
 
 # The released protocol.

@@ -41,19 +41,17 @@ gradients can be inverted from them. Scores of clients are averaged as H g, befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from flowerbed import seeds
 from flowerbed.clients.data import Batch
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, MODEL, Extras, LocalRound, Reply, Step, Trained
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained
 from flowerbed.clients.training import Evaluation, StepGradients, backpropagate
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.info import ModelInfo
@@ -276,7 +274,7 @@ class DeepZero(FedAvg):
     params: DeepZeroParams
 
     def phases(self, rounds: int) -> list[Phase]:
-        asking = [Phase(SCORE, 1, "query", everyone=True)] if self.params.scores else []
+        asking = [Phase(SCORE, 1, "query", everyone=True, preparatory=True)] if self.params.scores else []
         return [*asking, *super().phases(rounds)]
 
     def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
@@ -301,34 +299,13 @@ class DeepZero(FedAvg):
             kept = scores if self.params.signed else {n: v.abs() for n, v in scores.items()}
             self.state[MASK] = keep_largest(kept, self.params.s)
             return {}
-        earlier = int(self.params.scores)
         if isinstance(self.half, DeepZeroHalf) and self.half.stays:
             if self.setting is None:
                 raise ConfigError("DeepZero needs to know the model; call setup() before the run.")
             masks = self.state.get(MASK, {})
-            active = active_set(
-                self.params, self.setting.info, masks, self.setting.seed, server_round - earlier
-            )
+            active = active_set(self.params, self.setting.info, masks, self.setting.seed, server_round)
             replies = [replace(r, streams={MODEL: _whole(r, current, active)}) for r in replies]
-        return super().aggregate(server_round - earlier, current, replies)
-
-    # The round of scores comes before those that the clients' clocks count.
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return super().configure_train(*self._counted(server_round, arrays, config, grid))
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return super().configure_evaluate(*self._counted(server_round, arrays, config, grid))
-
-    def _counted(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> tuple[int, ArrayRecord, ConfigRecord, Grid]:
-        earlier = int(self.params.scores)
-        return server_round - earlier, arrays, ConfigRecord({**config, EARLIER: earlier}), grid
+        return super().aggregate(server_round, current, replies)
 
 
 def _whole(reply: ClientReply, current: Tensors, active: Active) -> Tensors:

@@ -30,17 +30,15 @@ The scale of a convolution before batch norm is arbitrary, so magnitudes compare
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from flowerbed import seeds
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, MODEL, Extras, LocalRound, Reply, Step, Trained
+from flowerbed.clients.local_round import MODEL, Extras, LocalRound, Reply, Step, Trained
 from flowerbed.clients.training import own_batches
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.sparsity import Masks, Scores, erdos_renyi_kernel, keep_by_layer, keep_largest, prunable
@@ -149,7 +147,7 @@ class GlobalMp(FedAvg):
     sums_in_queries = True
 
     def phases(self, rounds: int) -> list[Phase]:
-        asking = [Phase("score", 1, "query", everyone=True)] if self.params.asks else []
+        asking = [Phase("score", 1, "query", everyone=True, preparatory=True)] if self.params.asks else []
         return [*asking, *super().phases(rounds)]
 
     def start_phase(self, phase: Phase, model: Tensors) -> Tensors:
@@ -165,7 +163,7 @@ class GlobalMp(FedAvg):
                 self.state[stream] = {name: torch.stack([s[name] for s in sent]).sum(0) for name in sent[0]}
             return {}
         whole = [replace(reply, streams={MODEL: self._dense(reply, current)}) for reply in replies]
-        averaged = super().aggregate(server_round - int(self.params.asks), current, whole)
+        averaged = super().aggregate(server_round, current, whole)
         return self._pruned(averaged, server_round + 1)
 
     def _dense(self, reply: ClientReply, current: Tensors) -> Tensors:
@@ -210,24 +208,6 @@ class GlobalMp(FedAvg):
         return (
             self.state[SQUARES] if self.params.score == "taylor" else {n: w.abs() for n, w in weights.items()}
         )
-
-    # The round of statistics comes before those that the clients' clocks count.
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return super().configure_train(*self._counted(server_round, arrays, config, grid))
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return super().configure_evaluate(*self._counted(server_round, arrays, config, grid))
-
-    def _counted(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> tuple[int, ArrayRecord, ConfigRecord, Grid]:
-        earlier = int(self.params.asks)
-        return server_round - earlier, arrays, ConfigRecord({**config, EARLIER: earlier}), grid
 
 
 def refined(masks: Masks, sizes: Mapping[str, int], sparsity: float, least: int) -> dict[str, float]:
