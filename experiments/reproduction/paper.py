@@ -12,6 +12,8 @@ The numbers of a paper are its *protocol*, ``experiments/conf/paper/<slug>.yaml`
         about: the method
         for: {alpha: [0.5, 0.8]}
         strategy: {name: ":PsKd", alpha: "{alpha}"}
+      long:                    # at these scales only; no claim can name it
+        scales: [smoke, full]
       student:                 # starts from what another arm delivered, with the same seed
         initial: {weights: "{model:ce}"}
     scales:                    # overrides again; `arms` is for those whose name matches the glob
@@ -207,6 +209,11 @@ def load_scale(paper: Paper, name: str, overrides: Settings | None = None) -> Sc
     seeds, by_arm = tuple(scale.pop("seeds", (0, 1, 2))), scale.pop("arms", {})
     arms = {}
     for arm, own in _expanded(protocol["arms"]):
+        at = own.pop("scales", SCALES)
+        for one in at:
+            require(one in SCALES, f"{path.name}, arm '{arm}': {unknown_name('scale', one, SCALES)}")
+        if name not in at:
+            continue
         special = [value for glob, value in by_arm.items() if fnmatch.fnmatchcase(arm, glob)]
         about = str(own.pop("about", ""))
         common = protocol.get("settings", {})

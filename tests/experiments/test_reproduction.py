@@ -197,6 +197,7 @@ def test_a_scale_overrides_its_arms_and_the_command_line_everything() -> None:
         (("lr: 0.1}", "lr: -1}"), "arm 'fast': local.lr is -1"),
         (("scales:", "scale:"), "Unknown key of toy.yaml 'scale'"),
         (('"long*"', '"lung*"'), r"no arm is called \['lung\*'\]"),
+        (("about: baseline", "scales: [quick, tiny]"), "arm 'slow': Unknown scale 'tiny'"),
         (("full:", "huge:"), "Unknown scale of toy.yaml 'huge'"),
         (("model:fast", "model:fust"), "starts from the model of 'toy/fust', which does not exist"),
         (("model:fast", "model:longer"), "needs its own model"),
@@ -208,6 +209,28 @@ def test_a_wrong_protocol_is_explained(change: tuple[str, str], sentence: str, t
     paper = dataclasses.replace(load_paper(TOY), protocol=tmp_path / "toy.yaml")
     with pytest.raises(ConfigError, match=sentence):
         plan(scale := load_scale(paper, "quick"), scale.arms, (0,), tmp_path, {})
+
+
+def test_an_arm_may_be_of_some_scales_only(tmp_path: Path) -> None:
+    text = (Path(toy_paper.__file__).parent / "toy_paper.yaml").read_text()
+    (tmp_path / "toy.yaml").write_text(text.replace("arms:", "arms:\n  extra: {scales: [smoke, full]}", 1))
+    paper = dataclasses.replace(load_paper(TOY), protocol=tmp_path / "toy.yaml")
+    object.__setattr__(paper, "address", TOY)
+    assert ["extra" in load_scale(paper, scale).arms for scale in ("smoke", "quick", "full")] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_twins_pictures_and_claims_of_a_package_decide_no_result() -> None:
+    paper = load_paper("dr-tune")
+    here = "flowerbed.experiments.papers.dr_tune"
+    assert paper.module == here
+    assert paper.sources() == [here, f"{here}.probes", *paper.uses]
+    protocol = load_scale(paper, "smoke").arms["fine-tune"].settings
+    assert protocol["strategy"]["name"] == f"{here}:DrTune"
+    assert protocol["evaluation"]["measures"] == [f"{here}.probes:validated"]
 
 
 def test_a_paper_is_found_again_where_it_was_found() -> None:

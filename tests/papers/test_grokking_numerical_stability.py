@@ -18,7 +18,7 @@ from flowerbed.experiments.papers.grokking_numerical_stability import (
     StabilityParams,
     perpendicular,
 )
-from flowerbed.experiments.papers.grokking_numerical_stability.probes import mlp
+from flowerbed.experiments.papers.grokking_numerical_stability.probes import mlp, transformer
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Classification
 
@@ -150,3 +150,15 @@ def test_the_network_is_homogeneous_without_biases() -> None:
 def test_wrong_parameters_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         StabilityParams(**options)
+
+
+def test_the_transformer_does_not_know_which_operand_comes_first() -> None:
+    """It has no positions: a + b and b + a are one question, and its answer depends on both."""
+    p = 7
+    net = transformer((2 * p,), p, width=8, heads=2, feedforward=16).eval()
+    a, b = F.one_hot(torch.arange(p), p).float(), F.one_hot((torch.arange(p) * 3 + 1) % p, p).float()
+    outputs = net(torch.cat([a, b], 1))
+    torch.testing.assert_close(outputs, net(torch.cat([b, a], 1)))
+    assert not torch.allclose(outputs, net(torch.cat([a, a], 1)))
+    with pytest.raises(ConfigError, match="two one-hot operands below 7 and the inputs have 13 numbers"):
+        transformer((13,), p)

@@ -26,8 +26,8 @@ larger one slows descent once gradients are small, which is another failure than
 Differences from the released code: epsilon is the same in all arms, where the wrapper of perpGrad drops what it is
 given and uses 1e-8; beta_2 is 0.99 for the cross entropy on addition, else 0.999. A tensor of one element, and one
 whose gradient is along it up to rounding, get a gradient of 0 rather than rounding noise at full length. Weight decay
-is decoupled; coupled decay would come after the projection. The transformer of the paper is left out. The order of the
-full batch, hence rounding, differs from epoch to epoch, as released.
+is decoupled; coupled decay would come after the projection. The transformer of the paper runs at full scale only. The
+order of the full batch, hence rounding, differs from epoch to epoch, as released.
 
 Many clients: both remedies are local. The projection is along the client's current weights; Adam's moments stay with
 the client. Averaging drifted clients shrinks norms, which acts like decay; perp-SGD steps can only grow them.

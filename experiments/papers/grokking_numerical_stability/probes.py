@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from flowerbed.errors import require
 from flowerbed.experiments.papers.grokking_numerical_stability import COLLAPSED, StabilityParams
 from flowerbed.experiments.reproduction.finished import Finished
 from flowerbed.models.base import Net, Shape
@@ -25,6 +26,37 @@ def mlp(input_shape: Shape, num_classes: int, *, width: int = 200, bias: bool = 
     for size in (math.prod(input_shape), width):
         layers += [nn.Linear(size, width, bias=bias), nn.ReLU()]
     return Net(nn.Sequential(*layers), nn.Linear(width, num_classes, bias=bias), width)
+
+
+class OnTokens(nn.Module):
+    """Two one-hot operands ``(N, 2 p)`` and an equals sign, read by an encoder: its last output ``(N, D)``."""
+
+    def __init__(self, p: int, encoder: nn.TransformerEncoder, width: int) -> None:
+        super().__init__()
+        self.p = p
+        self.embedding = nn.Embedding(p + 1, width)
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = x.unflatten(1, (2, self.p)) @ self.embedding.weight[: self.p]
+        equals = self.embedding.weight[self.p].expand(len(x), 1, -1)
+        read: Tensor = self.encoder(torch.cat([operands, equals], 1))
+        return read[:, -1]
+
+
+def transformer(
+    input_shape: Shape, num_classes: int, *, width: int = 128, heads: int = 4, feedforward: int = 2048
+) -> Net:
+    """Return the paper's transformer: one layer of torch's encoder, no positions, read at the last token."""
+    (inputs,) = input_shape
+    require(
+        inputs == 2 * num_classes,
+        f"This transformer reads two one-hot operands below {num_classes} and the inputs have {inputs} numbers; "
+        "choose a modular data set.",
+    )
+    layer = nn.TransformerEncoderLayer(width, heads, feedforward, batch_first=True)
+    body = OnTokens(num_classes, nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), width)
+    return Net(body, nn.Linear(width, num_classes), width)
 
 
 def diagnosis(finished: Finished) -> dict[str, float]:
