@@ -217,7 +217,8 @@ class Worker:
     def lent(self) -> Mapping[str, Tensor] | None:
         """What a client sends without a copy of it; None where something else than the base class sends it."""
         kind = type(self.spec.half)
-        plain = kind.run is ClientHalf.run and kind.end is ClientHalf.end and not self.spec.transforms
+        replying = [t for t in self.spec.transforms if type(t).reply is not ClientTransform.reply]
+        plain = kind.run is ClientHalf.run and kind.end is ClientHalf.end and not replying
         return {n: v for n, v in self.resident.items() if n not in self.private} if plain else None
 
     def train(self, message: Message, context: Context) -> Message:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,10 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         local=simulation.local,
         store=MemoryStore(),
         device=simulation.grid.device,
-        transforms=transforms.client_transforms(simulation, dataset),
+        transforms=(
+            *transforms.client_transforms(simulation, dataset),
+            *transforms.evaluation_transforms(simulation, model, dataset),
+        ),
         routes=fast_routes(simulation, module),
         mask=simulation.evaluation.mask,
         engine=simulation.grid.engine,
@@ -331,8 +334,15 @@ def default_model(dataset: Dataset) -> Choice:
     return Choice("mlp" if len(dataset.input_shape) == 1 else "leaf_cnn")
 
 
-def server_evaluator(spec: ClientSpec, further: Sequence[str] = ()) -> ServerEvaluator:
-    """Return the evaluation of a global model on the whole test set, with ``further`` measures by import path."""
+def server_evaluator(
+    spec: ClientSpec,
+    further: Sequence[str] = (),
+    count: Callable[[Tensors], Mapping[str, Tensor]] | None = None,
+) -> ServerEvaluator:
+    """Return the evaluation of a global model on the whole test set, with ``further`` measures by import path.
+
+    ``count`` computes the task's counts elsewhere than here.
+    """
     device = choose_device(spec.device)
     module = spec.model.build(spec.seed).to(device)
     task = task_for(spec.dataset.task, spec.dataset.num_classes)
@@ -345,12 +355,16 @@ def server_evaluator(spec: ClientSpec, further: Sequence[str] = ()) -> ServerEva
     def evaluate(model: Tensors) -> Mapping[str, Any]:
         module.load_state_dict(model)
         module.eval()
-        return measures.add(counted(), loaded, measures.Measured(module, spec.dataset, spec.seed, device))
+        found = counted(model)
+        return measures.add(found, loaded, measures.Measured(module, spec.dataset, spec.seed, device))
 
-    def counted() -> dict[str, Any]:
+    def counted(model: Tensors) -> dict[str, Any]:
         if spec.dataset.task == "measured":
             return {}
-        sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
+        if count is not None:
+            sums = dict(count(model))
+        else:
+            sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
         found = evaluation.metrics(sums, len(test), spec.dataset.num_classes)
         return {**found, **evaluation.scores(found), **by_domain()}
 

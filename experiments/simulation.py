@@ -16,6 +16,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments import metrics, progress, run_directory, tracking, transforms
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.parts import Parts, build_parts, server_evaluator
+from flowerbed.experiments.sharded import Sharded
 from flowerbed.server.callbacks import Callback, MetricsLog
 from flowerbed.server.checkpoint import Checkpoints
 from flowerbed.server.grids.base import SimulationGrid
@@ -130,7 +131,9 @@ def make_federation(
         params=simulation.federation,
         exchange=simulation.grid.exchange,
         evaluator=transforms.with_backdoor_success(
-            server_evaluator(parts.spec, simulation.evaluation.measures), simulation, parts.spec
+            server_evaluator(parts.spec, simulation.evaluation.measures, sharded_counts(parts, grid)),
+            simulation,
+            parts.spec,
         ),
         evaluation=simulation.evaluation,
         stop=simulation.stop,
@@ -146,6 +149,14 @@ def make_federation(
     if simulation.grid.engine == "cohort" and refusal is not None:
         raise ConfigError(f"grid.engine=cohort cannot be used: {refusal}; set grid.engine=auto or generic.")
     return federation
+
+
+def sharded_counts(parts: Parts, grid: SimulationGrid) -> Sharded | None:
+    """Return what counts over the test set on the grid's workers; None where the driver does that itself."""
+    simulation = parts.simulation
+    if not simulation.evaluation.sharded or not grid.parallel:
+        return None
+    return Sharded(grid, len(parts.dataset.test), simulation.grid.workers)
 
 
 def _contiguous(model: Tensors) -> Tensors:

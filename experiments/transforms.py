@@ -19,7 +19,9 @@ from flowerbed.clients.transforms import ClientTransform
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ConfigError, require
 from flowerbed.experiments.config import Choice, Simulation, build
+from flowerbed.experiments.sharded import Counting
 from flowerbed.models import evaluation
+from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator
@@ -47,6 +49,19 @@ def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientT
     attack = attack_transforms(byzantine, members, dataset, simulation.seed)
     masking = (SecureMasking(simulation.secure),) if simulation.secure.enabled else ()
     return (*defence, *honest, *attack, *masking)
+
+
+def evaluation_transforms(
+    simulation: Simulation, model: ModelSpec, dataset: Dataset
+) -> tuple[ClientTransform, ...]:
+    """Return what lets workers evaluate in the server's place, where they are asked to."""
+    if not simulation.evaluation.sharded:
+        return ()
+    require(
+        not simulation.federation.time_limit,
+        "evaluation.sharded asks workers as clients, and federation.time_limit would end them; set one of the two off.",
+    )
+    return (Counting(simulation.seed, model, dataset, simulation.grid.device),)
 
 
 def build_defence(choice: Choice) -> Defence:

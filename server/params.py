@@ -59,6 +59,9 @@ class EvaluationParams:
     mask: str = "none"
     """Classes that no client's own evaluation can predict, whatever the method: none; train: those that the client
     has no training sample of; test: those that it has no test sample of, an oracle."""
+    sharded: bool = False
+    """Whether the workers of grid=ray evaluate the server's test set, each a part, in place of the driver; worth it
+    where these have the GPUs, or are on other machines."""
     measures: tuple[str, ...] = ()
     """Further metrics of the server's evaluations: functions by import path, package.module:function, of a
     ``flowerbed.experiments.measures.Measured``."""
