@@ -151,10 +151,10 @@ def make_federation(
     return federation
 
 
-def sharded_counts(parts: Parts, grid: SimulationGrid) -> Sharded | None:
+def sharded_counts(parts: Parts, grid: Grid) -> Sharded | None:
     """Return what counts over the test set on the grid's workers; None where the driver does that itself."""
     simulation = parts.simulation
-    if not simulation.evaluation.sharded or not grid.parallel:
+    if not simulation.evaluation.sharded or not isinstance(grid, SimulationGrid) or not grid.parallel:
         return None
     return Sharded(grid, len(parts.dataset.test), simulation.grid.workers)
 
