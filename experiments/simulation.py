@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flwr.serverapp import Grid
 from safetensors.torch import save_file
 
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
