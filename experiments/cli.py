@@ -22,6 +22,7 @@ examples:
   flowerbed simulate -m seed=0,1,2                  a sweep
   flowerbed resume runs/cifar federation.rounds=80  go on after the newest checkpoint
   flowerbed show runs/cifar                         what came out
+  flowerbed watch                                   follow all of them in the browser, on this machine
   flowerbed list models 'resnet*'                   what there is to choose
   flowerbed compare strategy=fedavg,fedprox seeds=0,1,2    mean, interval, rank and paired tests
   flowerbed explain grid.engine=auto model=mlp      which exchange, engine and kernel would be used, and why
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.reproduction import papers_command
 
             return papers_command.main(arguments[1:], as_json)
+        if arguments[:1] == ["watch"]:
+            from flowerbed.experiments.watch import command as watch
+
+            return watch.main(arguments[1:], as_json)
         return _dispatch(_parser().parse_args(arguments), as_json)
     except FlowerbedError as error:
         from flowerbed.experiments.failure import describe, exit_code
@@ -139,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
         help="attack what a run's server saw of single clients: attack RUN [KEY=VALUE ...]",
     )
     commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
+    commands.add_parser(
+        "watch", add_help=False, help="follow runs in a page on this machine: watch [DIR ...]"
+    )
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flowerbed.experiments.text import duration
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, Record
 
 LINES = 10
@@ -197,10 +198,3 @@ def display(progress: bool | None) -> Iterator[Live | Silent]:
         yield live
     finally:
         live.close()
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

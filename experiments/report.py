@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.failure import first_line
-from flowerbed.experiments.progress import duration
+from flowerbed.experiments.text import duration, number, size, table
 from flowerbed.server.callbacks import SERVER, MetricsLog
 
 JOBS = "jobs.jsonl"
@@ -115,20 +115,20 @@ def screen(directory: Path, summary: Mapping[str, Any]) -> str:
     if summary["reason"]:
         rows.append(("reason", first_line(summary["reason"])))
     rows.append(("rounds", str(summary["rounds"])))
-    rows += [(f"final {name}", _number(value)) for name, value in final.items()]
+    rows += [(f"final {name}", number(value)) for name, value in final.items()]
     for key, means in summary.items():
         if key.startswith("mean_of_last_"):
             rows += [
-                (f"{name}, {key.replace('_', ' ')}", _number(value))
+                (f"{name}, {key.replace('_', ' ')}", number(value))
                 for name, value in means.items()
                 if name in ("accuracy", "loss")
             ]
-    rows += [(f"clients' {name}", _number(value)) for name, value in summary.get("clients", {}).items()]
+    rows += [(f"clients' {name}", number(value)) for name, value in summary.get("clients", {}).items()]
     kinds = ", ".join(f"{count} {kind}" for kind, count in failures["by_kind"].items())
     rows.append(("client failures", f"{failures['total']}{f' ({kinds})' if kinds else ''}"))
     if "bytes" in summary:
         down, up = summary["bytes"]["down"], summary["bytes"]["up"]
-        rows.append(("payload", f"{_size(down)} to clients, {_size(up)} from clients"))
+        rows.append(("payload", f"{size(down)} to clients, {size(up)} from clients"))
     rows.append(("wall time", duration(summary["wall_seconds"])))
     for key, label in (
         ("peak_memory_mib", "peak memory (MiB)"),
@@ -152,24 +152,15 @@ def jobs_table(jobs: Sequence[Job]) -> str:
         status = (
             job.status if job.status in GOOD or not job.reason else f"{job.status}: {first_line(job.reason)}"
         )
-        numbers = (_number(job.accuracy), _number(job.loss), _number(job.seconds))
+        numbers = (number(job.accuracy), number(job.loss), number(job.seconds))
         overrides = " ".join(text for text in job.overrides if text not in common) or "(none)"
         rows.append((str(job.number), overrides, status, *numbers, job.directory))
     return table(rows, header=True)
 
 
-def table(rows: Iterable[Sequence[str]], header: bool = False) -> str:
-    """Return rows as aligned columns; the last column may be as long as it likes."""
-    cells = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
-    if header and cells:
-        cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
-
-
 def _result(summary: Mapping[str, Any]) -> str:
     final = [
-        f"{name} {_number(summary['final'][name])}"
+        f"{name} {number(summary['final'][name])}"
         for name in ("accuracy", "loss")
         if name in summary["final"]
     ]
@@ -179,15 +170,3 @@ def _result(summary: Mapping[str, Any]) -> str:
 
 def _has_model(directory: Path) -> bool:
     return (directory / "model.safetensors").exists()
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flowerbed.errors import ConfigError, unknown_name
-from flowerbed.experiments.progress import duration
 from flowerbed.experiments.reproduction import ledger
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.ledger import ABSENT, EDITED, NOT_RUN, RECORDED, STALE, Standing
 from flowerbed.experiments.reproduction.paper import built
+from flowerbed.experiments.text import duration
 
 COLOURS = {RECORDED: "green", STALE: "yellow", EDITED: "red", NOT_RUN: "cyan", ABSENT: "dim"}
 WIDE = 150

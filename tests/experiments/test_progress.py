@@ -8,7 +8,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from flowerbed.experiments.progress import Lines, Live, Silent, Tally, display, duration, wants_live
+from flowerbed.experiments.progress import Lines, Live, Silent, Tally, display, wants_live
+from flowerbed.experiments.text import duration
 from flowerbed.server.callbacks import CLIENTS, SERVER, Record
 
 
