@@ -54,7 +54,7 @@ def claim(directory: Path, simulation: Simulation) -> None:
                 f"{directory} already holds a run; go on with it (flowerbed resume {directory}), choose another "
                 "run.dir, or replace it with run.overwrite=true."
             )
-        for name in ("checkpoints", "figures", "observations"):
+        for name in ("checkpoints", "figures", "observations", "tensorboard", "wandb"):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in ("metrics.jsonl", "summary.json", "model.safetensors"):
             (directory / name).unlink(missing_ok=True)

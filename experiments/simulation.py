@@ -84,7 +84,7 @@ def _run_in(directory: Path, parts: Parts, callbacks: Sequence[Callback], resume
         summary = run_directory.write_summary(
             directory, parts.simulation, log, result, error, time.time() - started, flops
         )
-        tracker.close(summary, run_directory.draw_figures(directory, parts, log))
+        tracker.close(summary, run_directory.draw_figures(directory, parts, log), log.records())
 
 
 @contextlib.contextmanager
