@@ -42,6 +42,10 @@ BENCHMARKS = ("overhead", "speed", "scale")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's); return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        from flowerbed.experiments.completion import answer
+
+        answer(_parser())
     as_json = "--json" in arguments
     # Wherever it stands: argparse would take no pattern after it, and Hydra does not know it.
     arguments = [text for text in arguments if text != "--json"]
@@ -81,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments import diff
 
             return diff.main(arguments[1:], as_json)
+        if arguments[:1] == ["completion"]:
+            from flowerbed.experiments import completion
+
+            return completion.main(arguments[1:], as_json)
         if arguments[:1] == ["sync"]:
             from flowerbed.experiments import sync
 
@@ -160,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
         "watch", add_help=False, help="follow runs in a page on this machine: watch [DIR ...]"
     )
     commands.add_parser("sync", add_help=False, help="send what was tracked offline to wandb: sync DIR ...")
+    commands.add_parser(
+        "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
+    )
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser
@@ -188,6 +199,7 @@ def _show(directory: Path, as_json: bool) -> int:
     from dataclasses import asdict
 
     from flowerbed.experiments import report, saved
+    from flowerbed.experiments.text import table
 
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     kind = saved.kind_of(names)
@@ -198,7 +210,7 @@ def _show(directory: Path, as_json: bool) -> int:
         jobs = report.read_jobs(directory)
         print(json.dumps([asdict(job) for job in jobs], indent=1) if as_json else report.jobs_table(jobs))
     elif kind is None and (found := saved.overview(directory)):
-        print(json.dumps(found) if as_json else report.table([("kind", "name", "what"), *found], header=True))
+        print(json.dumps(found) if as_json else table([("kind", "name", "what"), *found], header=True))
     else:
         summary = report.read_summary(directory)
         print(json.dumps(summary, indent=1) if as_json else report.screen(directory, summary))

@@ -117,13 +117,12 @@ def compared(name: str, kind: str, a: Path, b: Path, tolerance: float = 0.0) -> 
         )
         return Compared(name, results=results, circumstances=circumstances)
     missing: list[str] = []
-    ours, theirs = (_config(path, missing) for path in (a, b))
-    settings, how = [], []
-    for one in differences(ours, theirs, tolerance=0.0):
+    settings: list[Difference] = []
+    how: list[Difference] = []
+    for one in differences(_config(a, missing), _config(b, missing), tolerance=0.0):
         if one.key != "run.dir":
             (how if one.key.split(".")[0] in HOW or one.key in NEUTRAL else settings).append(one)
-    summaries = [_summary(path, missing) for path in (a, b)]
-    found = differences(*summaries, tolerance)
+    found = differences(_summary(a, missing), _summary(b, missing), tolerance)
     results, circumstances = _split([one for one in found if one.key not in OF_THE_SETTINGS])
     return Compared(name, settings, results, [*how, *circumstances], parting(a, b, tolerance), missing)
 
