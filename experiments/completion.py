@@ -54,12 +54,12 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     parser.add_argument("shell", choices=SHELLS)
     asked = parser.parse_args(list(arguments))
     try:
-        import argcomplete
+        from argcomplete.shell_integration import shellcode
     except ImportError as error:
         raise ConfigError("completion needs argcomplete: pip install 'flowerbed[simulation]'.") from error
     if kept() is None:
         collect_in_background()
-    script = argcomplete.shellcode(["flowerbed"], shell=asked.shell)
+    script = shellcode(["flowerbed"], shell=asked.shell)
     print(json.dumps({"shell": asked.shell, "script": script}) if as_json else script)
     return 0
 
@@ -129,7 +129,7 @@ def _completer(kinds: Sequence[str], found: Found, line: str) -> Callable[..., I
         if FOLDERS in kinds and "=" not in prefix:
             from argcomplete.completers import DirectoriesCompleter
 
-            made += DirectoriesCompleter()(prefix)  # type: ignore[no-untyped-call]
+            made += DirectoriesCompleter()(prefix)
         return [text for text in made if text.startswith(prefix)]
 
     return candidates
@@ -212,7 +212,7 @@ def parser_of(words: Sequence[str]) -> argparse.ArgumentParser | None:
         raise _Caught(self)
 
     before = argparse.ArgumentParser.parse_known_args
-    argparse.ArgumentParser.parse_known_args = caught  # type: ignore[method-assign, assignment]
+    argparse.ArgumentParser.parse_known_args = caught  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             cli.main([*words, "--help"])

@@ -112,9 +112,8 @@ def compared(name: str, kind: str, a: Path, b: Path, tolerance: float = 0.0) -> 
     """Compare two folders of one kind; numbers are equal within the relative ``tolerance``."""
     if kind != saved.RUN:
         file = saved.RESULT_FILES[kind]
-        results, circumstances = _split(
-            differences(*(saved.read_object(p / file) for p in (a, b)), tolerance)
-        )
+        ours, theirs = saved.read_object(a / file), saved.read_object(b / file)
+        results, circumstances = _split(differences(ours, theirs, tolerance))
         return Compared(name, results=results, circumstances=circumstances)
     missing: list[str] = []
     settings: list[Difference] = []

@@ -50,7 +50,8 @@ def run_simulation(
     """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails."""
     tracking.check(simulation)
     with progress.display(simulation.run.progress) as shown:
-        parts = build_parts(simulation, shown.download)
+        with shown.busy("preparing data and model"):
+            parts = build_parts(simulation, shown.download, shown.busy)
         callbacks = (shown, *callbacks)
         if simulation.run.dir is None:
             with open_grid(parts, MemoryStore()) as grid:
