@@ -36,6 +36,7 @@ ALIVE = 60.0
 DUTY = 0.1
 """Share of the time that looking for changes may take."""
 SORTS = ("updated", "path", "kind", "status", "strategy", "dataset", "seed", "round", "accuracy", "loss")
+NO_CONFIG = "config.yaml is missing"
 RUNNING, SILENT = "running", "silent"
 
 _SECTIONS = re.compile(rb"^(?:strategy|dataset|seed|federation):.*\n(?:[ -].*\n)*", re.MULTILINE)
@@ -248,7 +249,9 @@ def _run(entry: Entry, before: Entry | None) -> Entry:
         )
         notes = [note for note in before.notes if note.startswith("config.yaml")]
     else:
-        found, notes = read_config(directory / "config.yaml")
+        found, notes = (
+            read_config(directory / "config.yaml") if "config.yaml" in stamps else ({}, [NO_CONFIG])
+        )
         entry = replace(entry, **found)
     summary: Mapping[str, Any] = {}
     if "summary.json" in stamps:
@@ -293,7 +296,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         found = yaml.load(b"".join(sections) if len(sections) == 4 else text, loader)
     except FileNotFoundError:
-        return {}, ["config.yaml is missing"]
+        return {}, [NO_CONFIG]
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         return {}, [f"config.yaml cannot be read: {str(error).splitlines()[0]}"]
     if not isinstance(found, dict):

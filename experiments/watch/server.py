@@ -9,6 +9,7 @@ rebinding). No address names a file: entries go by identifiers from the index, p
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import re
@@ -57,6 +58,14 @@ STREAMS = 64
 """Pages that may follow at once; each holds a thread."""
 FOLLOWED = 16
 """Runs whose curves are kept in memory."""
+NO_SERIES: dict[str, Any] = {
+    "phases": {},
+    "failures": [],
+    "failed": {},
+    "notes": [],
+    "generation": 0,
+    "counts": {},
+}
 BEAT = 10.0
 """Seconds after which a silent stream sends a sign of life; that is how a closed page is noticed."""
 
@@ -284,9 +293,9 @@ class Stream:
                 return
             # What changes but for new records: the file of metrics alone is followed.
             other = {name: stamp for name, stamp in entry.stamps.items() if name != "metrics.jsonl"}
-            follower = server.follower(entry) if entry.kind == saved.RUN else None
+            follower = server.follower(entry) if "metrics.jsonl" in entry.stamps else None
             generation, now = follower.cursor() if follower else (0, {})
-            state = (other, entry.state(server.index.clock()), _stamp(entry.directory))
+            state = (other, follower is None, entry.state(server.index.clock()), _stamp(entry.directory))
             if state != known or generation != sent_generation:
                 value = content(server, entry)
                 # Records may have come since the cursor was read: what counts is what is sent.
@@ -354,17 +363,15 @@ def _run(server: WatchServer, entry: Entry, notes: list[str], now: float) -> dic
     made_by = versions.get("flowerbed") if isinstance(versions, dict) else None
     if made_by is not None and made_by != __version__:
         notes.append(f"made by flowerbed {made_by}; this is {__version__}, and shows what it knows of")
-    series = server.follower(entry).whole()
+    # A file that the index has not seen is a link, or came this moment: neither is followed.
+    series = server.follower(entry).whole() if "metrics.jsonl" in entry.stamps else NO_SERIES
     thinned = max((phase["step"] for phase in series["phases"].values()), default=1)
     if thinned > 1:
         notes.append(f"a long run: every {_ordinal(thinned)} round is drawn")
     text = ""
-    try:
-        with open(entry.directory / "config.yaml", errors="replace") as file:
+    if "config.yaml" in entry.stamps:
+        with contextlib.suppress(OSError), open(entry.directory / "config.yaml", errors="replace") as file:
             text = file.read(TEXT_LIMIT)
-    except OSError:
-        # Said already: the index has looked for it.
-        pass
     return {**series, "summary": plain(summary), "config": text, "series_notes": series["notes"]}
 
 

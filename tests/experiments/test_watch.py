@@ -414,9 +414,26 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (shown / "linked").symlink_to(outside, target_is_directory=True)
     (inside / "figures").symlink_to(outside, target_is_directory=True)
     (inside / "direct.png").symlink_to(outside / "secret.png")
+    # Files as well: what a run directory points to outside is not shown.
+    (tmp_path / "outside.yaml").write_text(
+        f"strategy: {SECRET}\ndataset: {SECRET}\nseed: 1\nfederation: {{}}\n"
+    )
+    (tmp_path / "outside.jsonl").write_text(line(1, **{SECRET: 1.0}))
+    (tmp_path / "outside.json").write_text(json.dumps({"status": SECRET}))
+    files = {"config.yaml": "outside.yaml", "metrics.jsonl": "outside.jsonl", "summary.json": "outside.json"}
+    for kept in files:
+        faked = make_run(shown / f"faked {kept}", ended=kept == "summary.json")
+        for name, target in files.items():
+            if name != kept:
+                (faked / name).unlink(missing_ok=True)
+                (faked / name).symlink_to(tmp_path / target)
     found = scanned(shown)
-    assert [*rows(found)] == ["run"]
+    assert set(rows(found)) == {"run", *(f"faked {kept}" for kept in files)}
     assert index.pictures(inside) == {}
+    with serving(found) as asked:
+        for folder in shown.iterdir():
+            if not folder.is_symlink():
+                assert SECRET not in json.dumps(asked.entry(folder))
 
 
 def test_pages_sorts_and_searches(tmp_path: Path) -> None:
