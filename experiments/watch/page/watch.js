@@ -269,8 +269,8 @@ function renderEntry(shown, id, signal) {
   const children = [make("p", {}, make("a", { href: "#" }, "all runs")), make("h2", {}, row.path), parts.notes, parts.facts];
   if (shown.screen) children.push(make("pre", { tabindex: 0 }, shown.screen));
   if (shown.phases) children.push(parts.charts, parts.classes, parts.failures);
-  if (shown.inside.length) children.push(inside(shown));
   if (shown.pictures.length) children.push(pictureList(shown.pictures, id, signal));
+  if (shown.inside.length) children.push(inside(shown));
   if (shown.summary && Object.keys(shown.summary).length) children.push(folded("summary.json", JSON.stringify(shown.summary, null, 1)));
   if (shown.config) children.push(folded("config.yaml", shown.config));
   const open = new Set([...main.querySelectorAll("details[open]")].map((item) => item.dataset.name));
@@ -285,7 +285,7 @@ function updateEntry(shown) {
   const row = shown.row;
   const notes = [...shown.notes, ...(shown.series_notes || [])];
   parts.notes.replaceChildren(...(notes.length ? [make("ul", { class: "notes" }, ...notes.map((note) => make("li", {}, note)))] : []));
-  const facts = [["status", row.status], ["why", row.about], ["round", rounds(row)], ["strategy", row.strategy], ["data set", row.dataset],
+  const facts = [["status", row.status], ["why", row.kind === "run" ? row.about : ""], ["round", rounds(row)], ["strategy", row.strategy], ["data set", row.dataset],
     ["clients", figure(row.clients)], ["seed", figure(row.seed)], ["accuracy", figure(row.accuracy)], ["loss", figure(row.loss)],
     ["written", ago(row.updated)], ["folder", shown.directory === row.path ? "" : shown.directory]];
   parts.facts.replaceChildren(make("dl", { class: "facts" }, ...facts.filter((fact) => fact[1]).map(([name, value]) =>
@@ -302,12 +302,16 @@ function folded(name, text) {
 
 function inside(shown) {
   const rest = shown.inside_total > shown.inside.length ? `, of ${shown.inside_total} the first ${shown.inside.length}` : "";
-  const rows = shown.inside.map((row) => make("tr", {}, make("td", { class: "path" }, make("a", { href: `#id=${row.id}` }, row.path)),
+  const rows = shown.inside.map((row) => make("tr", {}, make("td", { class: "path" }, make("a", { href: `#id=${row.id}` }, within(row.path, shown.row.path))),
     make("td", { class: row.status }, row.status || row.kind), make("td", { class: "number" }, rounds(row)),
     make("td", { class: "number" }, figure(row.accuracy)), make("td", { class: "number" }, figure(row.loss))));
   return make("section", {}, make("h3", {}, `inside${rest}`), make("div", { class: "scroll" }, make("table", {},
     make("thead", {}, make("tr", {}, ...["name", "status", "round", "accuracy", "loss"].map((name, i) =>
       make("th", { scope: "col", class: i > 1 ? "number" : "" }, name)))), make("tbody", {}, ...rows))));
+}
+
+function within(path, above) {
+  return path.startsWith(`${above}/`) ? path.slice(above.length + 1) : path;
 }
 
 function pictureList(names, id, signal) {
