@@ -293,7 +293,10 @@ function updateEntry(shown) {
   if (!shown.phases) return;
   updateCharts(shown.phases);
   parts.classes.replaceChildren(...classBars(shown.phases));
+  const before = parts.failures.querySelector("details");
   parts.failures.replaceChildren(...failureTable(shown));
+  const now = parts.failures.querySelector("details");
+  if (before && now) now.open = before.open;
 }
 
 function folded(name, text) {
@@ -411,9 +414,11 @@ function chart(name) {
       svg.append(draw("text", { x: x(tick), y: H - 7, "text-anchor": "middle" }, short(tick)));
     lines.forEach((line) => {
       const colour = colourOf(line.label);
-      let path = "", alone = true, pen = false;
+      const usual = distance(line.rounds);
+      let path = "", pen = false;
       line.values.forEach((value, j) => {
         if (value == null) { pen = false; return; }
+        if (j && usual && line.rounds[j] - line.rounds[j - 1] > usual) pen = false;
         path += `${pen ? "L" : "M"}${x(line.rounds[j]).toFixed(1)} ${y(value).toFixed(1)}`;
         // A point between two gaps has no line; it is drawn as a dot.
         if (!pen && line.values[j + 1] == null) svg.append(draw("circle", { class: colour, cx: x(line.rounds[j]), cy: y(value), r: 2.5 }));
@@ -464,6 +469,18 @@ const COLOURS = new Map([["server", 0], ["clients", 1], ["clients, mean", 2], ["
 function colourOf(label) {
   if (!COLOURS.has(label)) COLOURS.set(label, COLOURS.size % 6);
   return `s${COLOURS.get(label)}`;
+}
+
+// The usual distance of two rounds, beyond which some are missing; 0 where most distances differ.
+function distance(rounds) {
+  const counts = new Map();
+  for (let i = 1; i < rounds.length; i++) {
+    const gap = rounds[i] - rounds[i - 1];
+    if (gap > 0 && rounds[i - 1] > 0) counts.set(gap, (counts.get(gap) || 0) + 1);
+  }
+  const all = [...counts.values()].reduce((sum, count) => sum + count, 0);
+  const [usual, times] = [...counts].reduce((best, one) => (one[1] > best[1] ? one : best), [0, 0]);
+  return 2 * times > all ? usual : 0;
 }
 
 function nice(low, high, count) {
