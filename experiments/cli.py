@@ -22,6 +22,8 @@ examples:
   flowerbed simulate -m seed=0,1,2                  a sweep
   flowerbed resume runs/cifar federation.rounds=80  go on after the newest checkpoint
   flowerbed show runs/cifar                         what came out
+  flowerbed diff runs/a runs/b                      which settings and results differ
+  flowerbed watch                                   follow all of them in the browser, on this machine
   flowerbed list models 'resnet*'                   what there is to choose
   flowerbed compare strategy=fedavg,fedprox seeds=0,1,2    mean, interval, rank and paired tests
   flowerbed explain grid.engine=auto model=mlp      which exchange, engine and kernel would be used, and why
@@ -40,6 +42,10 @@ BENCHMARKS = ("overhead", "speed", "scale")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's); return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        from flowerbed.experiments.completion import answer
+
+        answer(_parser())
     as_json = "--json" in arguments
     # Wherever it stands: argparse would take no pattern after it, and Hydra does not know it.
     arguments = [text for text in arguments if text != "--json"]
@@ -75,6 +81,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.reproduction import papers_command
 
             return papers_command.main(arguments[1:], as_json)
+        if arguments[:1] == ["diff"]:
+            from flowerbed.experiments import diff
+
+            return diff.main(arguments[1:], as_json)
+        if arguments[:1] == ["completion"]:
+            from flowerbed.experiments import completion
+
+            return completion.main(arguments[1:], as_json)
+        if arguments[:1] == ["sync"]:
+            from flowerbed.experiments import sync
+
+            return sync.main(arguments[1:], as_json)
+        if arguments[:1] == ["watch"]:
+            from flowerbed.experiments.watch import command as watch
+
+            return watch.main(arguments[1:], as_json)
         return _dispatch(_parser().parse_args(arguments), as_json)
     except FlowerbedError as error:
         from flowerbed.experiments.failure import describe, exit_code
@@ -113,8 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "pattern", nargs="?", default="*", help="glob on the names, e.g. 'resnet*' or 'timm:*'"
     )
-    show = commands.add_parser("show", help="show the summary of a run or a sweep")
+    show = commands.add_parser("show", help="show one screen about a run, a sweep, or other results")
     show.add_argument("directory", type=Path, metavar="DIR")
+    commands.add_parser(
+        "diff", add_help=False, help="say which settings and results of two runs or sweeps differ: diff A B"
+    )
     commands.add_parser(
         "compare",
         add_help=False,
@@ -139,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         help="attack what a run's server saw of single clients: attack RUN [KEY=VALUE ...]",
     )
     commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
+    commands.add_parser(
+        "watch", add_help=False, help="follow runs in a page on this machine: watch [DIR ...]"
+    )
+    commands.add_parser("sync", add_help=False, help="send what was tracked offline to wandb: sync DIR ...")
+    commands.add_parser(
+        "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
+    )
     commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser
@@ -166,14 +198,22 @@ def _list(plural: str, pattern: str, as_json: bool) -> int:
 def _show(directory: Path, as_json: bool) -> int:
     from dataclasses import asdict
 
-    from flowerbed.experiments import report
+    from flowerbed.experiments import report, saved
+    from flowerbed.experiments.text import table
 
-    jobs = report.read_jobs(directory)
-    if jobs:
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    kind = saved.kind_of(names)
+    if kind in saved.RESULT_FILES:
+        content = saved.read_object(directory / saved.RESULT_FILES[kind])
+        print(json.dumps(content, indent=1) if as_json else saved.screen(kind, directory, content))
+    elif kind == saved.SWEEP:
+        jobs = report.read_jobs(directory)
         print(json.dumps([asdict(job) for job in jobs], indent=1) if as_json else report.jobs_table(jobs))
-        return 0
-    summary = report.read_summary(directory)
-    print(json.dumps(summary, indent=1) if as_json else report.screen(directory, summary))
+    elif kind is None and (found := saved.overview(directory)):
+        print(json.dumps(found) if as_json else table([("kind", "name", "what"), *found], header=True))
+    else:
+        summary = report.read_summary(directory)
+        print(json.dumps(summary, indent=1) if as_json else report.screen(directory, summary))
     return 0
 
 

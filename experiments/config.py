@@ -45,6 +45,8 @@ NEUTRAL = (
 
 
 ENGINES = ("generic", "cohort", "auto")
+TRACKERS = ("none", "wandb", "tensorboard")
+WANDB_MODES = ("offline", "online", "disabled")
 EXCHANGES = ("auto", "messages", "pooled")
 
 
@@ -230,13 +232,18 @@ class TrackingParams:
     """Experiment tracking beside the run directory."""
 
     name: str = "none"
-    """none or wandb."""
+    """none, wandb or tensorboard."""
     project: str = "flowerbed"
+    """wandb's project."""
     mode: str | None = None
-    """wandb's mode; None means online where there is a key, else offline."""
+    """wandb's mode: offline, online (needs a key) or disabled; None means WANDB_MODE, else offline."""
 
     def __post_init__(self) -> None:
-        require(self.name in ("none", "wandb"), unknown_name("tracker", self.name, ("none", "wandb")))
+        require(self.name in TRACKERS, unknown_name("tracker", self.name, TRACKERS))
+        require(
+            self.mode is None or self.mode in WANDB_MODES,
+            unknown_name("tracking.mode", str(self.mode), WANDB_MODES),
+        )
 
 
 @dataclass(frozen=True)

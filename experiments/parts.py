@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from flowerbed.clients.data import LABELLED
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.store import MemoryStore
 from flowerbed.datasets.dataset import Dataset
-from flowerbed.datasets.files import Progress
+from flowerbed.datasets.files import Busy, Progress
 from flowerbed.datasets.partitions import DrawnPartition, Partition, partition
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.datasets.subsets import (
@@ -69,8 +70,13 @@ class Parts:
     model: Tensors
 
 
-def build_parts(simulation: Simulation, download_progress: Progress | None = None) -> Parts:
-    """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work."""
+def build_parts(
+    simulation: Simulation, download_progress: Progress | None = None, busy: Busy = contextlib.nullcontext
+) -> Parts:
+    """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
+
+    ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding.
+    """
     load_all()
     simulation = completed(simulation)
     federation = simulation.federation
@@ -81,10 +87,12 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         cache_dir=simulation.data.cache,
         download=simulation.data.download,
         progress=download_progress,
+        busy=busy,
         **simulation.dataset.options,
     )
     train, test = build_partitions(simulation, dataset)
-    dataset = encoded(simulation, dataset)
+    with busy(f"encoding with {simulation.encoder.name}"):
+        dataset = encoded(simulation, dataset)
     dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
         chosen = default_model(dataset) if simulation.encoder.name == "none" else Choice("linear")

@@ -54,7 +54,7 @@ def claim(directory: Path, simulation: Simulation) -> None:
                 f"{directory} already holds a run; go on with it (flowerbed resume {directory}), choose another "
                 "run.dir, or replace it with run.overwrite=true."
             )
-        for name in ("checkpoints", "figures", "observations"):
+        for name in ("checkpoints", "figures", "observations", "tensorboard", "wandb"):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in ("metrics.jsonl", "summary.json", "model.safetensors"):
             (directory / name).unlink(missing_ok=True)
@@ -124,7 +124,8 @@ def write_summary(
         # ru_maxrss is in KiB on Linux; Ray's actors are not children of this process.
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    # Whole or not at all: others read it while it is written.
+    atomic_write(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from safetensors.torch import save_file
 
 from flowerbed.clients.store import ClientStore, DiskStore, MemoryStore
+from flowerbed.datasets.files import Busy
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import metrics, progress, run_directory, tracking, transforms
 from flowerbed.experiments.config import Simulation
@@ -51,7 +52,8 @@ def run_simulation(
     """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails."""
     tracking.check(simulation)
     with progress.display(simulation.run.progress) as shown:
-        parts = build_parts(simulation, shown.download)
+        with shown.busy("preparing data and model"):
+            parts = build_parts(simulation, shown.download, shown.busy)
         callbacks = (shown, *callbacks)
         if simulation.run.dir is None:
             with open_grid(parts, MemoryStore()) as grid:
@@ -61,10 +63,12 @@ def run_simulation(
             run_directory.go_on(directory, parts.simulation)
         else:
             run_directory.claim(directory, parts.simulation)
-        return _run_in(directory, parts, callbacks, resume)
+        return _run_in(directory, parts, callbacks, resume, shown.busy)
 
 
-def _run_in(directory: Path, parts: Parts, callbacks: Sequence[Callback], resume: bool) -> RunResult:
+def _run_in(
+    directory: Path, parts: Parts, callbacks: Sequence[Callback], resume: bool, busy: Busy
+) -> RunResult:
     started = time.time()
     result: RunResult | None = None
     error: BaseException | None = None
@@ -74,7 +78,7 @@ def _run_in(directory: Path, parts: Parts, callbacks: Sequence[Callback], resume
     try:
         store = DiskStore(directory / "checkpoints" / "clients")
         callbacks = (tracker, *callbacks)
-        with open_grid(parts, store) as grid:
+        with open_grid(parts, store, busy) as grid:
             result = make_federation(parts, grid, callbacks, directory, log, store).run(resume=resume)
         save_file(_contiguous(result.model), directory / "model.safetensors")
         return result
@@ -85,12 +89,14 @@ def _run_in(directory: Path, parts: Parts, callbacks: Sequence[Callback], resume
         summary = run_directory.write_summary(
             directory, parts.simulation, log, result, error, time.time() - started, flops
         )
-        tracker.close(summary, run_directory.draw_figures(directory, parts, log))
+        tracker.close(summary, run_directory.draw_figures(directory, parts, log), log.records())
 
 
 @contextlib.contextmanager
-def open_grid(parts: Parts, store: ClientStore) -> Iterator[SimulationGrid]:
-    """Open the grid that the configuration asks for; a single client never starts Ray."""
+def open_grid(
+    parts: Parts, store: ClientStore, busy: Busy = contextlib.nullcontext
+) -> Iterator[SimulationGrid]:
+    """Open the grid that the configuration asks for; a single client never starts Ray. ``busy`` hears of the start."""
     from flowerbed.server.grids.inprocess import InProcessGrid
 
     params, clients = parts.simulation.grid, parts.simulation.federation.clients
@@ -111,7 +117,9 @@ def open_grid(parts: Parts, store: ClientStore) -> Iterator[SimulationGrid]:
             threads=params.threads,
             time_limit=parts.simulation.federation.time_limit or None,
         )
-    with grid:
+    with contextlib.ExitStack() as stack:
+        with busy(f"starting {params.name}"):
+            stack.enter_context(grid)
         yield grid
 
 

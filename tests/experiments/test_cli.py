@@ -199,7 +199,7 @@ def test_a_users_own_config_dir(tmp_path: Path, fails: Fails) -> None:
         ("partition=dirichlett", "Unknown partition 'dirichlett'. Did you mean 'dirichlet'?"),
         ("model=resnet9", "Unknown model 'resnet9'. Did you mean 'resnet8'?"),
         ("grid=spark", "Unknown grid 'spark'. Known: inprocess, ray."),
-        ("tracking=mlflow", "Unknown tracking 'mlflow'. Known: none, wandb."),
+        ("tracking=mlflow", "Unknown tracking 'mlflow'. Known: none, tensorboard, wandb."),
         ("hydra/launcher=none_such", "Unknown hydra/launcher 'none_such'. Known: "),
         ("federation.cohort=50", "federation.cohort is 50 but there are 10 clients"),
         ("seed=-1", "seed is -1; give 0 or more."),
