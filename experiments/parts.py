@@ -83,8 +83,7 @@ def build_parts(
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
 
     ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding.
-    ``devices`` is what real clients have told about themselves, by client number; their replies then have to show the
-    tickets of their messages. By default devices are simulated.
+    ``devices`` is what real clients have told about themselves, by client number; by default they are simulated.
     """
     load_all()
     simulation = completed(simulation)
@@ -122,8 +121,7 @@ def build_parts(
         )
         steps = [simulation.local.steps_per_round(max(1, device.examples)) for device in fleet]
         values = sum(value.numel() for value in module.state_dict().values())
-        tickets = devices is not None
-        return DeviceLink(simulation.devices, fleet, tickets=tickets, steps=steps, values=values)
+        return DeviceLink(simulation.devices, fleet, steps=steps, values=values)
 
     strategy.setup(
         Setting(
@@ -178,7 +176,7 @@ def build_parts(
         validation=validation_partition(simulation, dataset, train),
     )
     first = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    agreed = link() if simulation.devices.acts or devices is not None else None
+    agreed = link() if simulation.devices.acts else None
     return Parts(simulation, dataset, train, test, spec, strategy, first, agreed)
 
 
