@@ -30,6 +30,7 @@ examples:
   flowerbed check my_package:MyStrategy             does my own strategy keep the contract
   flowerbed reproduce ps-kd                         a paper: its arms, seeds, claims and verdicts
   flowerbed attack runs/watched attack=ig           what single clients gave away, see flowerbed attack --help
+  flowerbed deploy init fed --address HOST          a federation of real devices, see flowerbed deploy --help
   flowerbed papers                                  every paper, and what its record says
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.leakage import command as attack
 
             return attack.main(arguments[1:], as_json)
+        if arguments[:1] == ["deploy"]:
+            from flowerbed.experiments.deploy import command as deploy
+
+            return deploy.main(arguments[1:], as_json)
         if arguments[:1] == ["papers"]:
             from flowerbed.experiments.reproduction import papers_command
 
@@ -162,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         "attack",
         add_help=False,
         help="attack what a run's server saw of single clients: attack RUN [KEY=VALUE ...]",
+    )
+    commands.add_parser(
+        "deploy",
+        add_help=False,
+        help="run a federation on real devices: deploy init|server|register|node|run|status ... DIR",
     )
     commands.add_parser("papers", add_help=False, help="show how the reproduction of every paper stands")
     commands.add_parser(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from flowerbed.server.checkpoint import Checkpoints
 from flowerbed.server.grids.base import SimulationGrid
 from flowerbed.server.loop import Federation, RunResult
 from flowerbed.storage import Tensors
+
+OpenGrid = Callable[[Parts, ClientStore], AbstractContextManager[Grid]]
+"""Opens what carries messages between a run's server and its clients."""
 
 
 def simulate(callbacks: Sequence[Callback] = (), **settings: Any) -> RunResult:
@@ -47,27 +52,35 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = (), **settings
 
 
 def run_simulation(
-    simulation: Simulation, *, callbacks: Sequence[Callback] = (), resume: bool = False
+    simulation: Simulation,
+    *,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    opened: OpenGrid | None = None,
 ) -> RunResult:
-    """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails."""
+    """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails.
+
+    ``opened`` opens another grid than the one that the configuration names: that of real devices.
+    """
     tracking.check(simulation)
     with progress.display(simulation.run.progress) as shown:
+        opened = opened or functools.partial(open_grid, busy=shown.busy)
         with shown.busy("preparing data and model"):
             parts = build_parts(simulation, shown.download, shown.busy)
         callbacks = (shown, *callbacks)
         if simulation.run.dir is None:
-            with open_grid(parts, MemoryStore()) as grid:
+            with opened(parts, MemoryStore()) as grid:
                 return make_federation(parts, grid, callbacks).run()
         directory = Path(simulation.run.dir)
         if resume:
             run_directory.go_on(directory, parts.simulation)
         else:
             run_directory.claim(directory, parts.simulation)
-        return _run_in(directory, parts, callbacks, resume, shown.busy)
+        return _run_in(directory, parts, callbacks, resume, opened)
 
 
 def _run_in(
-    directory: Path, parts: Parts, callbacks: Sequence[Callback], resume: bool, busy: Busy
+    directory: Path, parts: Parts, callbacks: Sequence[Callback], resume: bool, opened: OpenGrid
 ) -> RunResult:
     started = time.time()
     result: RunResult | None = None
@@ -78,7 +91,7 @@ def _run_in(
     try:
         store = DiskStore(directory / "checkpoints" / "clients")
         callbacks = (tracker, *callbacks)
-        with open_grid(parts, store, busy) as grid:
+        with opened(parts, store) as grid:
             result = make_federation(parts, grid, callbacks, directory, log, store).run(resume=resume)
         save_file(_contiguous(result.model), directory / "model.safetensors")
         return result
@@ -125,7 +138,7 @@ def open_grid(
 
 def make_federation(
     parts: Parts,
-    grid: SimulationGrid,
+    grid: Grid,
     callbacks: Sequence[Callback] = (),
     directory: Path | None = None,
     log: MetricsLog | None = None,
