@@ -80,6 +80,8 @@ class ClientSpec:
     test samples."""
     validation: Partition | None = None
     """Shares of the data set's validation split, where it has one."""
+    secret: int | None = None
+    """On a device, entropy for noise and keys that nobody else knows; see ``LocalRound.secret``."""
 
     def __call__(self) -> SimulatedApp:
         """Build the ClientApp: grids take the spec itself as their factory."""
@@ -379,6 +381,7 @@ class Worker:
             fast=self.fast,
             open_initial=lambda: self.initial,
             open_validation=(lambda: self._data(client, VALIDATION)) if self.spec.validation else None,
+            secret=self.spec.secret,
         )
 
     def _absent(self, local: LocalRound) -> Tensor | None:
@@ -398,6 +401,7 @@ class Worker:
             round=sent.round,
             phase=sent.phase,
             received=sent.received,
+            hidden_seed=self.spec.seed if self.spec.secret is None else self.spec.secret,
         )
 
     @torch.no_grad()

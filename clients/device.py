@@ -30,7 +30,7 @@ from flowerbed.clients.device_config import (
     Quotas,
 )
 from flowerbed.clients.device_data import DEVICE_DATA, DeviceData, DeviceSplits, load_data
-from flowerbed.clients.device_store import DeviceStore, Usage, writable
+from flowerbed.clients.device_store import DeviceStore, Usage, run_secret, writable
 from flowerbed.clients.local_round import Metric
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.form import DataForm
@@ -263,6 +263,7 @@ def client_spec(config: DeviceConfig, expected: Expectations, client: int) -> Cl
         transforms=client_transforms(simulation, dataset),
         mask=simulation.evaluation.mask,
         validation=validation if dataset.validation is not None else None,
+        secret=run_secret(config.store_folder, expected.run),
     )
 
 

@@ -6,11 +6,14 @@ memory alone, and a file is replaced only by a whole new one that has reached th
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
+import hmac
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from flowerbed.storage import atomic_write
 
 RUNS = "runs"
 USAGE = "usage.json"
+SECRET = "secret"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -159,6 +163,26 @@ class Usage:
                 f"the disk with {self.folder} is full; make room, or set 'store' to a folder on another disk. "
                 "Nothing that was kept is lost"
             ) from error
+
+
+def run_secret(folder: Path, run: str) -> int:
+    """Return the entropy that this device, and nobody else, has for the noise and the keys of one run.
+
+    A round that is run again draws the same, so that it gives nothing further away; another run draws anew.
+    """
+    path = folder / SECRET
+    folder.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        # Made whole under another name first: two processes may be the first.
+        own = folder / f".{SECRET}-{os.getpid()}"
+        with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+        own.unlink()
+    return int.from_bytes(hmac.digest(path.read_bytes(), run.encode(), "sha256"), "big")
 
 
 def writable(folder: Path) -> str | None:

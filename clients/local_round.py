@@ -96,6 +96,8 @@ class LocalRound:
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
     open_validation: Callable[[], ClientData] | None = None
+    secret: int | None = None
+    """Entropy for noise and keys that nobody but this client knows; None in a simulation, where the seed serves."""
 
     @cached_property
     def train_data(self) -> ClientData:
@@ -120,6 +122,17 @@ class LocalRound:
     def generator(self, purpose: str) -> torch.Generator:
         """Return this client's own random stream for ``purpose`` in this round."""
         return seeds.torch_rng(self.seed, purpose, self.client, self.clock.round, device=self.device.type)
+
+    @property
+    def hidden_seed(self) -> int:
+        """The seed of what must stay hidden from the server."""
+        return self.seed if self.secret is None else self.secret
+
+    def hidden_generator(self, purpose: str) -> torch.Generator:
+        """Return this client's stream for ``purpose`` in this round, which on a device the server cannot repeat."""
+        return seeds.torch_rng(
+            self.hidden_seed, purpose, self.client, self.clock.round, device=self.device.type
+        )
 
     def received_model(self) -> Tensors:
         """Return a copy of the model as it was received, on this round's device."""

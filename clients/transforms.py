@@ -25,6 +25,8 @@ class Request:
     phase: str
     received: Mapping[str, Mapping[str, Tensor]]
     """Streams that the server sent, read-only."""
+    hidden_seed: int = 0
+    """The seed of what must stay hidden from the server; in a simulation the run's."""
 
 
 class ClientTransform:

@@ -79,11 +79,13 @@ def build_parts(
     download_progress: Progress | None = None,
     busy: Busy = contextlib.nullcontext,
     devices: Sequence[Device] | None = None,
+    secret: int | None = None,
 ) -> Parts:
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
 
     ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding.
     ``devices`` is what real clients have told about themselves, by client number; by default they are simulated.
+    ``secret`` is the server's own seed of noise where clients know the run's.
     """
     load_all()
     simulation = completed(simulation)
@@ -153,7 +155,7 @@ def build_parts(
             class_counts=tuple(train_counts(dataset.train.labels, train, dataset.num_classes)),
         )
     )
-    strategy.transforms = transforms.server_transforms(simulation, strategy, info)
+    strategy.transforms = transforms.server_transforms(simulation, strategy, info, secret)
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,

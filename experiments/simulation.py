@@ -57,16 +57,18 @@ def run_simulation(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     opened: OpenGrid | None = None,
+    secret: int | None = None,
 ) -> RunResult:
     """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails.
 
     ``opened`` opens another grid than the one that the configuration names: that of real devices.
+    ``secret`` is then the seed of the server's noise, since devices know the run's.
     """
     tracking.check(simulation)
     with progress.display(simulation.run.progress) as shown:
         opened = opened or functools.partial(open_grid, busy=shown.busy)
         with shown.busy("preparing data and model"):
-            parts = build_parts(simulation, shown.download, shown.busy)
+            parts = build_parts(simulation, shown.download, shown.busy, secret=secret)
         callbacks = (shown, *callbacks)
         if simulation.run.dir is None:
             with opened(parts, MemoryStore()) as grid:

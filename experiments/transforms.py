@@ -76,9 +76,11 @@ def build_defence(choice: Choice) -> Defence:
 
 
 def server_transforms(
-    simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo
+    simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo, secret: int | None = None
 ) -> tuple[ServerTransform, ...]:
     """Return what stands before the algorithm; raises ``ConfigError`` for what privacy cannot protect.
+
+    ``secret`` is the server's own seed of noise where clients know the run's.
 
     Whoever observes comes first, where replies are as they arrive. Byzantine clients that collude come next: what they
     forge is what arrives.
@@ -112,7 +114,9 @@ def server_transforms(
     if privacy.mode != "none":
         _require_protectable(simulation, strategy, info)
     if privacy.mode == "central":
-        found.append(CentralPrivacy(privacy, simulation.seed, federation.clients, asked))
+        found.append(
+            CentralPrivacy(privacy, simulation.seed if secret is None else secret, federation.clients, asked)
+        )
     if privacy.mode == "local":
         found.append(LocalLedger(privacy))
     return tuple(found)

@@ -55,6 +55,7 @@ def main(grid: Grid, context: Context) -> None:
             callbacks=[Lines(lambda text: print(text, flush=True))],
             resume=submission.begun(directory),
             opened=opened,
+            secret=submission.secret,
         )
     print(f"{result.status} {result.reason}".strip(), flush=True)
 

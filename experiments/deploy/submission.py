@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,21 @@ class Submission:
     """What devices are told, as JSON; it stays the same when the run goes on."""
     run_ids: tuple[int, ...] = ()
     """Flower's ids of the attempts, oldest first."""
+    secret: int = field(default_factory=lambda: secrets.randbits(128))
+    """The seed of the server's noise, which devices must not know; kept, because a round that is run again must not
+    be given out with other noise."""
 
     @classmethod
     def read(cls, directory: Path) -> Submission:
         """Read what ``write`` wrote; raises ``ConfigError`` if there is nothing of the kind."""
         try:
             plain = json.loads((directory / FILE).read_text())
-            return cls(Simulation.of(plain["simulation"]), plain["expectations"], tuple(plain["run_ids"]))
+            return cls(
+                Simulation.of(plain["simulation"]),
+                plain["expectations"],
+                tuple(plain["run_ids"]),
+                plain["secret"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{directory} holds no run of this deployment: {error}.") from error
 
@@ -53,6 +61,7 @@ class Submission:
             "simulation": self.simulation.plain(),
             "expectations": self.expectations,
             "run_ids": list(self.run_ids),
+            "secret": self.secret,
         }
         atomic_write(directory / FILE, json.dumps(plain, indent=1).encode(), durable=True)
 
