@@ -37,7 +37,7 @@ FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where 
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
 LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
-BENCHMARKS = ("overhead", "speed", "scale", "fleet")
+BENCHMARKS = ("overhead", "speed", "scale", "fleet", "deployment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
     )
     commands.add_parser(
-        "bench", add_help=False, help="run a benchmark: bench overhead|speed|scale|fleet [--help]"
+        "bench", add_help=False, help="run a benchmark: bench overhead|speed|scale|fleet|deployment [--help]"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser

@@ -70,7 +70,10 @@ class NodeSettings:
     poll: float = 0.5
     """Seconds between two looks for work; each costs the server a signature check."""
     warm: bool = True
-    """Keep a process with the libraries loaded, from which every message's process is forked."""
+    """Keep a process with the libraries loaded, from which every message's process is forked; it takes no app that has
+    code in it, which Flower's own launcher would run."""
+    allow: str = ""
+    """Modules beside flowerbed's from which a run may name strategies and models, separated by commas."""
 
     def __post_init__(self) -> None:
         require(

@@ -116,7 +116,9 @@ class DeviceNode:
         secret = home / "secret"
         certificates.write_private(secret, secrets.token_hex(32).encode())
         address = f"127.0.0.1:{free_port()}"
-        environment = flower.environment(home, FLOWERBED_DEVICE=str(self.folder / DEVICE))
+        environment = flower.environment(
+            home, FLOWERBED_DEVICE=str(self.folder / DEVICE), FLOWERBED_ALLOW=self.settings.allow
+        )
         last: deque[str] = deque(maxlen=40)
         with contextlib.ExitStack() as stack:
             node = stack.enter_context(_child(self._supernode(address, secret), environment, pipe=True))

@@ -30,6 +30,8 @@ TASK_POLL = "0.1"
 """Seconds between two questions of Flower's launcher on the server for a run to start."""
 LOOK = 0.5
 """Seconds between two looks at a run."""
+STARTING = 60.0
+"""Seconds in which a server should have started."""
 ORPHANED = 5.0
 """Seconds that a run may be without a server process after the server was away, before it is started again."""
 ATTEMPTS = 3
@@ -75,6 +77,7 @@ def register(deployment: Deployment, names: Sequence[str], say: Say) -> Deployme
             raise ConfigError(f"There is no device '{name}'; the deployment has {', '.join(known)}.")
     ids: dict[str, int] = {}
     with connect(deployment) as control:
+        _wait_for_start(control, say)
         present = {n.public_key: n.node_id for n in control.nodes() if n.status != "unregistered"}
         for name in names or known:
             key = certificates.read_public_key(deployment.bundle(name) / f"{KEY}.pub")
@@ -87,6 +90,24 @@ def register(deployment: Deployment, names: Sequence[str], say: Say) -> Deployme
                 ids[name] = control.register(key, name)
             say(f"{name}: client {known[name].client}, node {ids[name]}")
     return deployment.with_node_ids(ids)
+
+
+def _wait_for_start(control: Control, say: Say) -> None:
+    """Wait for a server that was only just started."""
+    deadline = time.monotonic() + STARTING
+    told = False
+    while True:
+        try:
+            control.nodes()
+        except ServerAway:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                say(f"waiting up to {STARTING:.0f} s for the server")
+            told = True
+            time.sleep(LOOK)
+        else:
+            return
 
 
 def unregister(deployment: Deployment, names: Sequence[str], say: Say) -> Deployment:

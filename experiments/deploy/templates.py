@@ -50,7 +50,8 @@ NODE_COMMENTS = {
     "client": "number of this device in the federation",
     "clients": "how many devices there are",
     "poll": "seconds between two looks for work",
-    "warm": "keep a process with the libraries loaded, from which every message's process is forked",
+    "warm": "fork every message's process from one with the libraries loaded, which takes no app with code in it",
+    "allow": "modules beside flowerbed's from which a run may name strategies and models, separated by commas",
 }
 
 

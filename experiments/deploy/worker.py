@@ -4,25 +4,55 @@ Flower starts a new Python for each message, which spends seconds of a small dev
 lets somebody else start the processes (``--isolation process``), and this is that somebody. A fork still has nothing
 but its message and the disk, as Flower's own process.
 
+Flower installs and runs whatever app the server sends. Here an app with code in it is refused: the code of a device is
+what its owner has installed.
+
 Run as ``python -m flowerbed.experiments.deploy.worker ADDRESS SECRET_FILE``; ends with its parent.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import time
+import tomllib
 import traceback
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flowerbed.errors import ClientError
 from flowerbed.offline import offline_defaults
 
 IDLE = 0.05
 """Seconds between two questions for work, on this machine."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+HARMLESS = (".toml", ".md")
+CONTENT = ".info/CONTENT"
+"""Flower's own list of what is in the bundle."""
 LOG = logging.getLogger(__name__)
+
+
+def require_no_code(bundle: bytes) -> None:
+    """Raise ``ClientError`` unless an app (a FAB) has no code, and names the client of an installed flowerbed."""
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        for name in archive.namelist():
+            if (
+                PurePosixPath(name).suffix not in HARMLESS
+                and name != CONTENT
+                and not name.startswith("LICENSE")
+            ):
+                raise ClientError(
+                    f"the server sent an app that holds '{name}'; this device runs no code of the server"
+                )
+        told = tomllib.loads(archive.read("pyproject.toml").decode())
+    client = told["tool"]["flwr"]["app"]["components"]["clientapp"]
+    if not client.startswith("flowerbed."):
+        raise ClientError(
+            f"the server sent an app whose client is '{client}'; this device runs flowerbed's only"
+        )
 
 
 def serve(address: str, secret: bytes, parent: int) -> None:
@@ -71,9 +101,16 @@ def _fork(address: str, token: str) -> None:
         return
     code = 1
     try:
-        from flwr.supernode.runtime.run_clientapp import run_clientapp
+        from flwr.supernode.runtime import run_clientapp as flower
 
-        run_clientapp(
+        install = flower.install_from_fab
+
+        def install_checked(fab: bytes, *args: Any, **kwargs: Any) -> Any:
+            require_no_code(fab)
+            return install(fab, *args, **kwargs)
+
+        flower.install_from_fab = install_checked
+        flower.run_clientapp(
             runtime_api_address=address,
             token=token,
             insecure=True,

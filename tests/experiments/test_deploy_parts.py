@@ -25,9 +25,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from flowerbed.errors import ConfigError, RunError
+from flowerbed.errors import ClientError, ConfigError, RunError
 from flowerbed.experiments import cli
-from flowerbed.experiments.deploy import certificates, folder, node, operate, superlink, supernode
+from flowerbed.experiments.deploy import (
+    certificates,
+    client_app,
+    folder,
+    node,
+    operate,
+    superlink,
+    supernode,
+    worker,
+)
 from flowerbed.experiments.deploy.folder import Deployment, NodeSettings, ServerSettings
 from flowerbed.experiments.deploy.submission import Submission, folder_name, unique_name
 
@@ -424,6 +433,77 @@ print("good")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "good", done.stderr
+
+
+# No code from the server.
+
+
+def bundle(client: str = "flowerbed.experiments.deploy.client_app:app", **files: str) -> bytes:
+    import io
+    import zipfile
+
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("pyproject.toml", f'[tool.flwr.app.components]\nclientapp = "{client}"\n')
+        for name, text in files.items():
+            archive.writestr(name.replace("__", "."), text)
+    return held.getvalue()
+
+
+def test_an_app_with_code_is_refused(fed: Deployment) -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    worker.require_no_code(build_fab_from_disk(fed.app))
+    worker.require_no_code(bundle(README__md="x"))
+    (fed.app / "evil.py").write_text("import os")
+    for app, word in (
+        (build_fab_from_disk(fed.app), r"holds 'evil\.py'"),
+        (bundle(flowerbed__pth="import os"), r"flowerbed\.pth"),
+        (bundle(client="evil:app"), "client is 'evil:app'"),
+        (bundle(client="flowerbedx.y:app"), "client is"),
+    ):
+        with pytest.raises(ClientError, match=word):
+            worker.require_no_code(app)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "refused"),
+    [
+        ("strategy", {"name": "fedavg"}, False),
+        ("strategy", {"name": "subprocess:Popen", "args": "x"}, True),
+        ("strategy", {"name": "flower", "flower": "subprocess:Popen"}, True),
+        ("strategy", {"name": "flower:subprocess:Popen"}, True),
+        ("strategy", {"name": "flower:FedAdam"}, False),
+        ("strategy", {"name": "flowerbed.strategies.fedprox:FedProx"}, False),
+        ("strategy", {"name": "flowerbedx:FedProx"}, True),
+        ("strategy", {"name": "mine.methods:Own"}, False),
+        ("strategy", {"name": "mineral:Own"}, True),
+        ("model", {"name": "runpy:run_path"}, True),
+        ("model", {"name": "mlp", "hidden": [8], "inner": {"deep": ["os:system"]}}, True),
+        ("model", {"name": "timm:resnet18"}, False),
+        ("defence", {"name": "os:system"}, True),
+        ("local", {"augment": "os:system"}, True),
+        # A device loads its own data.
+        ("dataset", {"name": "server.module:factory"}, False),
+    ],
+)
+def test_a_run_names_only_what_a_devices_owner_allows(section: str, value: Any, refused: bool) -> None:
+    text = json.dumps({"simulation": {section: value}})
+    if refused:
+        with pytest.raises(ClientError, match=f"in '{section}'.*allow="):
+            client_app.refuse_foreign(text, ["mine"])
+    else:
+        client_app.refuse_foreign(text, ["mine"])
+
+
+def test_the_app_that_devices_run_refuses_before_it_looks_anything_up(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    app = client_app.OwnCodeOnly(tmp_path / "there-is-none.toml", [])
+    run = {"flowerbed": json.dumps({"simulation": {"model": {"name": "os:system"}}})}
+    with pytest.raises(ClientError, match="this device takes nothing from the module os"):
+        app(SimpleNamespace(), SimpleNamespace(run_config=run))  # type: ignore[arg-type]
+    assert isinstance(client_app.app, client_app.OwnCodeOnly)
 
 
 # Processes.
