@@ -23,6 +23,7 @@ from flowerbed.experiments.parts import Parts, build_parts, server_evaluator
 from flowerbed.experiments.sharded import Sharded
 from flowerbed.server.callbacks import Callback, MetricsLog
 from flowerbed.server.checkpoint import Checkpoints
+from flowerbed.server.devices import Device
 from flowerbed.server.grids.base import SimulationGrid
 from flowerbed.server.loop import Federation, RunResult
 from flowerbed.storage import Tensors
@@ -57,18 +58,20 @@ def run_simulation(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     opened: OpenGrid | None = None,
+    devices: Sequence[Device] | None = None,
     secret: int | None = None,
 ) -> RunResult:
     """Run (or go on with) a simulation; the run directory, if any, is complete also when the run fails.
 
     ``opened`` opens another grid than the one that the configuration names: that of real devices.
-    ``secret`` is then the seed of the server's noise, since devices know the run's.
+    ``devices`` is then what they have told about themselves, by client number, and ``secret`` the seed of the server's
+    noise, since devices know the run's.
     """
     tracking.check(simulation)
     with progress.display(simulation.run.progress) as shown:
         opened = opened or functools.partial(open_grid, busy=shown.busy)
         with shown.busy("preparing data and model"):
-            parts = build_parts(simulation, shown.download, shown.busy, secret=secret)
+            parts = build_parts(simulation, shown.download, shown.busy, devices, secret)
         callbacks = (shown, *callbacks)
         if simulation.run.dir is None:
             with opened(parts, MemoryStore()) as grid:

@@ -126,6 +126,7 @@ def _node(asked: argparse.Namespace) -> int:
         DeviceNode.load(bundle, _say).run()
         return 0
     from flowerbed.clients.device import check
+    from flowerbed.experiments.deploy.client_app import refuse_foreign
 
     plan = asked.plan or bundle / PLAN
     try:
@@ -136,6 +137,7 @@ def _node(asked: argparse.Namespace) -> int:
             "plan DIR KEY=VALUE ..., give it with --plan."
         ) from error
     node = DeviceNode.load(bundle, _say)
+    refuse_foreign(expectations, node.settings.modules)
     report = check(bundle / DEVICE, expectations)
     for line in report.lines():
         _say(line)

@@ -75,6 +75,11 @@ class NodeSettings:
     allow: str = ""
     """Modules beside flowerbed's from which a run may name strategies and models, separated by commas."""
 
+    @property
+    def modules(self) -> list[str]:
+        """The modules of ``allow``."""
+        return [module for name in self.allow.split(",") if (module := name.strip())]
+
     def __post_init__(self) -> None:
         require(
             self.server.count(":") >= 1 and self.server.rpartition(":")[2].isdigit(),

@@ -117,7 +117,7 @@ class DeviceNode:
         certificates.write_private(secret, secrets.token_hex(32).encode())
         address = f"127.0.0.1:{free_port()}"
         environment = flower.environment(
-            home, FLOWERBED_DEVICE=str(self.folder / DEVICE), FLOWERBED_ALLOW=self.settings.allow
+            home, FLOWERBED_DEVICE=str(self.folder / DEVICE), FLOWERBED_ALLOW=",".join(self.settings.modules)
         )
         last: deque[str] = deque(maxlen=40)
         with contextlib.ExitStack() as stack:

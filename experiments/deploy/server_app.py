@@ -20,6 +20,7 @@ from flowerbed.experiments.deploy.submission import ROOT, Submission, folder_nam
 from flowerbed.experiments.parts import Parts
 from flowerbed.experiments.progress import Lines
 from flowerbed.experiments.simulation import run_simulation
+from flowerbed.server.devices import Device, survey
 from flowerbed.server.grids.deployed import DeployedGrid, Patience
 
 LOCK = ".server"
@@ -46,18 +47,36 @@ def main(grid: Grid, context: Context) -> None:
         reply = min(settings.patience, limit + JOURNEY) if limit else settings.patience
         patience = Patience(reply, settings.join_wait, settings.reconnect, settings.poll)
 
+        deployed = DeployedGrid(grid, [node.node_id for node in deployment.nodes], patience)
+
         @contextlib.contextmanager
         def opened(parts: Parts, store: ClientStore) -> Iterator[Grid]:
-            yield DeployedGrid(grid, [node.node_id for node in deployment.nodes], patience)
+            yield deployed
 
         result = run_simulation(
             submission.simulation,
             callbacks=[Lines(lambda text: print(text, flush=True))],
             resume=submission.begun(directory),
             opened=opened,
+            devices=introduced(deployed),
             secret=submission.secret,
         )
     print(f"{result.status} {result.reason}".strip(), flush=True)
+
+
+def introduced(grid: DeployedGrid) -> list[Device]:
+    """Ask all devices what they are; return it by client number. Who does not answer is taken as it comes.
+
+    Raises ``RunError`` for a device that takes itself for another client than the one that was registered.
+    """
+    told = survey(grid, list(grid.nodes))
+    for number, node in enumerate(grid.nodes):
+        if node in told and told[node][0] != number:
+            raise RunError(
+                f"Device {number} says that it is client {told[node][0]}; correct client= in its device.toml and "
+                "node.toml, or give it the folder that was made for it."
+            )
+    return [told[node][1] if node in told else Device() for node in grid.nodes]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
-"""A real SuperLink and real devices on loopback give the bits of a simulation, whatever is killed on the way."""
+"""A real SuperLink and real devices on loopback give the bits of a simulation, whatever is killed on the way.
+
+FedLoGe, with its private heads, is in ``test_walkthrough``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from loopback import Loopback, Meanwhile, assert_same, loopback, simulated, wait_until
@@ -27,8 +29,6 @@ CASES = {
     "fedavg": [*MOMENTUM],
     # Control variates of every client live on its disk.
     "scaffold": ["local.momentum=0"],
-    # Private heads.
-    "fedloge": ["strategy.gamma=1.0", "strategy.beta=0.3", "strategy.ssec_steps=50", "strategy.ssec_lr=0.01"],
     "fedlabel": ["strategy.beta=0.15", "data.labelled=0.3"],
     # A round of statistics before training.
     "ggeur": ["strategy.T=30", "strategy.base=fedavg", "model=linear"],
@@ -98,22 +98,3 @@ def test_a_run_that_fails_says_so_and_does_not_exit_with_success(fed: Loopback) 
     (told,) = (r for r in operate.status(fed.deployment).runs if r["name"] == "diverged")
     assert told["status"] == "finished:failed"
     assert "Round 1" in told["last_error"]
-
-
-def test_an_unregistered_device_is_refused(fed: Loopback, tmp_path: Path) -> None:
-    import shutil
-    import subprocess
-    import sys
-
-    from flowerbed.experiments.deploy import certificates
-
-    stranger = tmp_path / "stranger"
-    shutil.copytree(
-        fed.deployment.bundle("node-0"), stranger, ignore=shutil.ignore_patterns("store", "flower")
-    )
-    certificates.make_node_key(stranger / "node.key")
-    command = [sys.executable, "-m", "flowerbed.experiments.cli", "deploy", "node", str(stranger)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "does not know this device's key" in done.stderr
-    assert operate.status(fed.deployment).strangers == 0
