@@ -101,8 +101,9 @@ def _fork(address: str, token: str) -> None:
         return
     code = 1
     try:
-        from flwr.supernode.runtime import run_clientapp as flower
+        from flwr.supernode.runtime import run_clientapp
 
+        flower: Any = run_clientapp
         install = flower.install_from_fab
 
         def install_checked(fab: bytes, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +137,11 @@ def main() -> None:
     # What takes long to load; none of it starts a thread, which a fork would lose.
     import flwr.supernode.runtime.run_clientapp  # noqa: F401
 
-    import flowerbed.experiments.deploy.client_app  # noqa: F401
+    import flowerbed.experiments.deploy.client_app
+    import flowerbed.experiments.transforms  # noqa: F401
+    from flowerbed.strategies.loader import load_all
 
+    load_all()
     serve(address, secret, parent)
 
 
