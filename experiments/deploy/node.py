@@ -30,14 +30,10 @@ AGAIN = (2.0, 5.0, 15.0, 60.0)
 """Seconds before a SuperNode that ended is started again."""
 STEADY = 120.0
 """Seconds after which a SuperNode counts as having run well."""
-REFUSED = (
-    "could not be activated",
-    "No SuperNode found",
-    "SuperNode activation",
-    "Invalid SuperNode authentication",
-    "401 Unauthorized",
-)
+REFUSED = ("404 Not Found", "401 Unauthorized", "Invalid SuperNode authentication")
 """What a SuperNode says when the server does not know its key."""
+BUSY = "Failed to activate SuperNode"
+"""What it says when the server takes the device for connected already."""
 
 Say = Callable[[str], None]
 
@@ -102,6 +98,13 @@ class DeviceNode:
                     f"The server {self.settings.server} does not know this device's key; on the server's machine run "
                     f"flowerbed deploy register DIR, with {KEY}.pub of this folder in place of the old one."
                 )
+            if any(BUSY in line for line in last):
+                self.say(
+                    "The server takes this device for connected: it was cut off less than half a minute ago, or its "
+                    "key is in use on another machine. Trying again."
+                )
+                self._stopped.wait(AGAIN[0])
+                continue
             attempt = 0 if time.monotonic() - started > STEADY else attempt + 1
             wait = AGAIN[min(attempt, len(AGAIN) - 1)]
             said = f": {last[-1]}" if last else ""

@@ -2,7 +2,8 @@
 
 Flower serves devices, operators and the run's server process on one port, and asks operators for nothing: whoever
 reaches the port may register a node's key and start a run. The guard lets everybody but this machine see no more than
-what devices need. It also refuses requests of more than a piece of a model, and a node that answers for another.
+what devices need. It also refuses requests of more than a piece of a model, and a node that answers for another, and it
+tells a node whose key is not registered so: Flower's answer to it is that to a node which is connected already.
 
 Run as ``python -m flowerbed.experiments.deploy.superlink LIMIT_BYTES ...`` with ``flower-superlink``'s own arguments.
 """
@@ -82,7 +83,15 @@ def install(limit: int) -> None:
             raise HTTPException(403, "A node answers for itself only.")
         return push(request=request, state=state)
 
+    activate = fleet_handlers.activate_node
+
+    def activate_known(request: Any, state: Any) -> Any:
+        if state.get_node_id_by_public_key(request.public_key) is None:
+            raise HTTPException(404, "This key is not registered.")
+        return activate(request=request, state=state)
+
     fleet_handlers.push_messages = push_own
+    fleet_handlers.activate_node = activate_known
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The SuperNode process: Flower's own, looking for work as often as ``node.toml`` says.
 
 Flower waits 3 seconds between two questions to the server, half a second between two looks for the reply of its own
-process, and has no setting for either, so its clock is replaced where it waits.
+process, and has no setting for either, so its clock is replaced where it waits. A device that lost power counts as
+connected, and cannot connect anew, until it has missed two heartbeats of 30 seconds; ours are shorter.
 
 Run as ``python -m flowerbed.experiments.deploy.supernode POLL_SECONDS ...`` with ``flower-supernode``'s own arguments.
 """
@@ -20,6 +21,10 @@ LOCAL = 0.05
 """Seconds between two looks on this machine."""
 
 
+HEARTBEAT = 15
+"""Seconds that a heartbeat is good for; the server counts two."""
+
+
 class ShortWaits:
     """The module ``time``, but a sleep of more than a second takes ``poll`` seconds, and another one ``LOCAL``."""
 
@@ -36,10 +41,14 @@ class ShortWaits:
 def install(poll: float) -> None:
     """Shorten the waits of the SuperNode that this process is about to be."""
     offline_defaults()
-    from flwr.supernode import start_client_internal
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection, start_client_internal
 
     theirs: Any = start_client_internal
     theirs.time = ShortWaits(poll)
+    for module in (heartbeat, fleet_http_connection):
+        beating: Any = module
+        beating.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT
 
 
 def end_with(parent: int) -> None:

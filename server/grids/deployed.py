@@ -150,8 +150,9 @@ class DeployedGrid(Grid):
             for p in pending:
                 reply = found.get(p.message_id)
                 if reply is not None and _unavailable(reply):
-                    # The SuperLink misses the device's heartbeat and has answered for it; it may come back.
-                    p.message_id = ""
+                    # The SuperLink misses the device's heartbeat and has answered for it; it may come back. What was
+                    # seen of who is connected is older than that.
+                    p.message_id, self._looked = "", None
                 elif reply is not None:
                     replies[p.place] = self._answer(p.message, reply)
             pending = [p for p in pending if p.place not in replies]

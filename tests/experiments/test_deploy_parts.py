@@ -414,6 +414,7 @@ from flwr.superlink import main as flwr_main
 from flwr.superlink.servicer.fleet import fleet_handlers
 taken = []
 fleet_handlers.push_messages = lambda request, state: taken.append(request)
+fleet_handlers.activate_node = lambda request, state: state.get_node_id_by_public_key(request.public_key)
 ours.install(1234)
 assert flwr_main._get_middleware()[0].cls is ours.Guard, "outermost"
 def push(node, source):
@@ -427,6 +428,16 @@ except Exception as error:
 else:
     raise AssertionError("a forged reply was taken")
 assert len(taken) == 1
+def activate(key):
+    state = N(get_node_id_by_public_key={b"known": 7}.get)
+    return fleet_handlers.activate_node(request=N(public_key=key), state=state)
+assert activate(b"known") == 7
+try:
+    activate(b"other")
+except Exception as error:
+    assert error.status_code == 404, error
+else:
+    raise AssertionError("an unknown key was let in")
 from flwr.superlink.routers.fleet import router
 assert router.fleet_handlers is fleet_handlers, "the router looks the handler up where it was replaced"
 print("good")
@@ -520,6 +531,11 @@ theirs.time.sleep(3)
 theirs.time.sleep(0.5)
 assert time.monotonic() - before < 2
 assert theirs.time.monotonic is time.monotonic and theirs.time is not time
+from flwr.supercore import heartbeat
+from flwr.supernode import fleet_http_connection
+from flwr.common import constant
+for module in (heartbeat, fleet_http_connection):
+    assert module.HEARTBEAT_DEFAULT_INTERVAL == ours.HEARTBEAT >= constant.HEARTBEAT_MIN_INTERVAL
 import inspect
 assert inspect.getsource(theirs).count("time.sleep(") == 3, "Flower waits elsewhere now; look at ShortWaits again"
 print("good")
@@ -568,6 +584,7 @@ def test_every_private_flower_name_is_where_it_is_looked_for() -> None:
         "supercore.runtime:RuntimeHttpClient",
         "superlink.cli.flower_superlink:flower_superlink",
         "superlink.extensions:get_middleware",
+        "superlink.servicer.fleet.fleet_handlers:activate_node",
         "superlink.servicer.fleet.fleet_handlers:push_messages",
         "supernode.cli.flower_supernode:flower_supernode",
         "supernode.runtime.run_clientapp:run_clientapp",

@@ -80,7 +80,10 @@ class PlayedFlower(Grid):
             flower_compat.set_message_id(message, f"m{len(self.sent)}")
             self.sent.append(message)
             ids.append(message.metadata.message_id)
-            if self.answers and message.metadata.dst_node_id in self.online:
+            if message.metadata.dst_node_id not in self.online:
+                # The SuperLink takes the message and answers for the device.
+                self.unavailable(len(self.sent) - 1)
+            elif self.answers:
                 self.reply(len(self.sent) - 1)
         return ids
 
