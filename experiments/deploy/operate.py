@@ -262,33 +262,32 @@ class Follower:
         """Print what happens until the run is over; return 0 only if it came to its end."""
         while True:
             self._show()
-            found = self._look()
-            if found is not None and found.status not in RUNNING:
+            try:
+                with connect(self.deployment) as control:
+                    found = control.runs().get(self._run_id) or FlowerRun(self._run_id, "unknown", "")
                 if found.status == COMPLETED:
                     self._show()
                     self._conclude()
                     return 0
-                if not (self._away and self._again("its server process ended with the server")):
+                if found.status in RUNNING:
+                    self._revive(found)
+                elif not (self._away and self._again("its server process ended with the server")):
                     self._show()
                     raise RunError(self._why(found))
-            elif found is not None and self._is_orphan():
-                with connect(self.deployment) as control:
-                    control.stop(found.run_id)
-                if not self._again("the server was away"):
-                    raise RunError(
-                        f"{self.directory.name} was started {ATTEMPTS} times without getting further."
-                    )
+            except ServerAway:
+                if not self._away:
+                    self.say("The server does not answer; waiting for it.")
+                self._away = True
             time.sleep(LOOK)
 
-    def _look(self) -> FlowerRun | None:
-        try:
-            with connect(self.deployment) as control:
-                return control.runs().get(self._run_id) or FlowerRun(self._run_id, "unknown", "")
-        except ServerAway:
-            if not self._away:
-                self.say("The server does not answer; waiting for it.")
-            self._away = True
-        return None
+    def _revive(self, found: FlowerRun) -> None:
+        """Start the run again if its server process went with the server."""
+        if not self._is_orphan():
+            return
+        with connect(self.deployment) as control:
+            control.stop(found.run_id)
+        if not self._again("the server was away"):
+            raise RunError(f"{self.directory.name} was started {ATTEMPTS} times without getting further.")
 
     def _is_orphan(self) -> bool:
         """Return whether the run has had no server process for a while since the server was away."""

@@ -693,3 +693,26 @@ def test_a_new_deployment_and_a_new_certificate_by_command(
     assert "other.example.org" in names.get_values_for_type(x509.DNSName)
     assert before != (made.certificates / "server.crt").read_bytes()
     certificates.check_server(made.certificates)
+
+
+def test_the_pages_name_commands_and_settings_that_exist() -> None:
+    import dataclasses
+    import re
+
+    from flowerbed.experiments.deploy.command import _parser
+
+    root = Path(__file__).resolve().parents[2]
+    pages = {
+        name: (root / name).read_text() for name in ("README.md", "docs/deploy.md", "docs/threat-model.md")
+    }
+    pages["help"] = _parser().format_help()
+    actions = set(_parser()._actions[1].choices or ())
+    for name, text in pages.items():
+        for action in re.findall(r"(?:flowerbed |`)deploy ([a-z]+)", text):
+            assert action in actions, f"{name} names deploy {action}"
+        for link in re.findall(r"\]\(([\w/.-]+\.md)\)", text):
+            assert ((root / name).parent / link).is_file(), f"{name} links to {link}"
+    settings = {f.name for kind in (ServerSettings, NodeSettings) for f in dataclasses.fields(kind)}
+    told = {"join_wait", "reconnect", "patience", "poll", "request_mb", "allow", "warm"}
+    assert told <= settings
+    assert all(any(f"`{word}" in text for text in pages.values()) for word in told)
