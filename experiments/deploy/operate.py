@@ -32,6 +32,8 @@ LOOK = 0.5
 """Seconds between two looks at a run."""
 STARTING = 60.0
 """Seconds in which a server should have started."""
+STOPPING = 60.0
+"""Seconds in which a run's server process should have ended after it was told to."""
 ORPHANED = 5.0
 """Seconds that a run may be without a server process after the server was away, before it is started again."""
 ATTEMPTS = 3
@@ -202,8 +204,12 @@ def resume(deployment: Deployment, name: str | None, overrides: Sequence[str], d
 
     directory = deployment.run(name)
     submission = Submission.read(directory)
-    if is_locked(directory):
-        raise ConfigError(f"{directory.name} is still running; follow it with: flowerbed deploy logs -f")
+    # A process that was told to stop needs a moment.
+    deadline = time.monotonic() + STOPPING
+    while is_locked(directory):
+        if time.monotonic() >= deadline:
+            raise ConfigError(f"{directory.name} is still running; follow it with: flowerbed deploy logs -f")
+        time.sleep(LOOK)
     if overrides:
         if not Submission.begun(directory):
             raise ConfigError(

@@ -90,6 +90,27 @@ def test_a_server_that_is_killed_in_the_middle_goes_on_to_the_same_bits(fed: Loo
     assert_same(fed.model("cut"), simulated(fed.deployment, "cut"))
 
 
+def test_a_run_that_is_stopped_is_no_success_and_can_be_resumed(fed: Loopback) -> None:
+    overrides = ["strategy=fedavg", *SMALL, *MOMENTUM, "federation.rounds=9"]
+    fed.share(overrides)
+
+    def stop() -> None:
+        checkpoint = fed.deployment.runs / "halted" / "checkpoints" / "round-000001"
+        wait_until(checkpoint.exists, "the first checkpoint")
+        operate.stop(fed.deployment, "halted", fed.lines.append)
+
+    told = Meanwhile(stop)
+    with pytest.raises(RunError, match="halted was stopped"):
+        fed.run(overrides, "halted")
+    told.done()
+    reached = max(r.round for r in fed.records("halted"))
+    assert reached < 9
+    fewer = [f"federation.rounds={reached + 1}"]
+    assert operate.resume(fed.deployment, "halted", fewer, False, fed.lines.append) == 0
+    expected = simulated(fed.deployment, "halted", rounds=reached + 1)
+    assert_same(fed.model("halted"), expected)
+
+
 def test_a_run_that_fails_says_so_and_does_not_exit_with_success(fed: Loopback) -> None:
     overrides = ["strategy=fedavg", *SMALL, "local.lr=1e30"]
     fed.share(overrides)

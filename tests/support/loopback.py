@@ -127,9 +127,13 @@ def loopback(root: Path, nodes: int = 3, **settings: float) -> Iterator[Loopback
         made.stop()
 
 
-def simulated(deployment: Deployment, name: str, grid: dict[str, object] | None = None) -> dict[str, Tensor]:
-    """Return the model of the same experiment as a run's, simulated."""
+def simulated(
+    deployment: Deployment, name: str, grid: dict[str, object] | None = None, rounds: int = 0
+) -> dict[str, Tensor]:
+    """Return the model of the same experiment as a run's, simulated, with another number of rounds if given."""
     plain = Submission.read(deployment.runs / name).simulation.plain()
+    if rounds:
+        plain["federation"]["rounds"] = rounds
     run = {**plain["run"], "dir": None, "figures": False}
     if grid is not None:
         run["dir"] = str(deployment.root.parent / f"{name}-simulated")
