@@ -78,6 +78,8 @@ After=network-online.target
 
 [Service]
 ExecStart={sys.executable} -m flowerbed.experiments.cli deploy server {root}
+# Decoded data sets; the home is not writable.
+Environment=FLOWERBED_CACHE={root}/cache
 Restart=on-failure
 RestartSec=5
 # 2: something must be put right first.
@@ -145,6 +147,7 @@ services:
     <<: *flowerbed
     command: flowerbed deploy server /deployment
     volumes: [".:/deployment"]
+    environment: ["FLOWERBED_CACHE=/deployment/cache"]
     ports: ["{port}:{port}"]
     # The certificate is made out to this name.
     networks: {{default: {{aliases: ["{address}"]}}}}

@@ -109,6 +109,28 @@ def test_the_app_is_a_flower_app_that_carries_no_code_and_asks_for_no_package(fe
         assert hasattr(importlib.import_module(module), name)
 
 
+def test_units_and_the_compose_file_can_be_read_and_name_what_is_there(fed: Deployment) -> None:
+    import configparser
+
+    import yaml
+
+    composed = yaml.safe_load((fed.root / "compose.yaml").read_text())
+    assert set(composed["services"]) == {"server", "a", "b"}
+    assert composed["services"]["server"]["ports"] == ["9443:9443"]
+    assert composed["services"]["server"]["networks"]["default"]["aliases"] == ["fed.example.org"]
+    for service in composed["services"].values():
+        assert service["read_only"] is True
+        for volume in service["volumes"]:
+            assert (fed.root / volume.partition(":")[0]).is_dir()
+    for unit in (fed.root / "flowerbed-server.service", fed.bundle("a") / "flowerbed-node.service"):
+        parsed = configparser.ConfigParser(strict=False, interpolation=None)
+        parsed.read(unit)
+        assert "flowerbed" in parsed["Service"]["ExecStart"]
+        assert parsed["Service"]["RestartPreventExitStatus"] == "2", (
+            "what must be put right is not tried again"
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
