@@ -190,7 +190,9 @@ def run(deployment: Deployment, overrides: Sequence[str], name: str | None, deta
     write_plan(deployment, expectations)
     directory = deployment.runs / name
     directory.mkdir(parents=True)
-    submission = Submission(parts.simulation, expectations.dumps())
+    rounds = parts.simulation.federation.rounds
+    further = sum(phase.rounds for phase in parts.strategy.phases(rounds)) - rounds
+    submission = Submission(parts.simulation, expectations.dumps(), further_rounds=further)
     submission.write(directory)
     say(f"running in {directory}")
     return _submit(deployment, directory, submission, detach, say)
@@ -399,7 +401,8 @@ def status(deployment: Deployment) -> Status:
     told = []
     for name in deployment.run_names():
         directory = deployment.runs / name
-        ids = Submission.read(directory).run_ids
+        submission = Submission.read(directory)
+        ids = submission.run_ids
         at_flower = runs.get(ids[-1]) if ids else None
         records = read_records(directory)
         failures = [f for record in records for f in record.failures]
@@ -411,7 +414,7 @@ def status(deployment: Deployment) -> Status:
                 "status": at_flower.status if at_flower else "not started",
                 "attempts": len(ids),
                 "round": max((record.round for record in records), default=0),
-                "rounds": Submission.read(directory).simulation.federation.rounds,
+                "rounds": submission.rounds,
                 "failures": dict(Counter(f.kind for f in failures)),
                 "last_error": error
                 or (

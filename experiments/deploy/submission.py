@@ -37,6 +37,8 @@ class Submission:
     """What devices are told, as JSON; it stays the same when the run goes on."""
     run_ids: tuple[int, ...] = ()
     """Flower's ids of the attempts, oldest first."""
+    further_rounds: int = 0
+    """Rounds beside those of training, for statistics."""
     secret: int = field(default_factory=lambda: secrets.randbits(128))
     """The seed of the server's noise, which devices must not know; kept, because a round that is run again must not
     be given out with other noise."""
@@ -50,10 +52,16 @@ class Submission:
                 Simulation.of(plain["simulation"]),
                 plain["expectations"],
                 tuple(plain["run_ids"]),
+                plain["further_rounds"],
                 plain["secret"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{directory} holds no run of this deployment: {error}.") from error
+
+    @property
+    def rounds(self) -> int:
+        """All rounds of the run."""
+        return self.simulation.federation.rounds + self.further_rounds
 
     def write(self, directory: Path) -> None:
         """Write the submission into the run's directory."""
@@ -61,6 +69,7 @@ class Submission:
             "simulation": self.simulation.plain(),
             "expectations": self.expectations,
             "run_ids": list(self.run_ids),
+            "further_rounds": self.further_rounds,
             "secret": self.secret,
         }
         atomic_write(directory / FILE, json.dumps(plain, indent=1).encode(), durable=True)
