@@ -87,10 +87,13 @@ def simulated(
     ]
 
 
-def survey(grid: Grid, nodes: Sequence[int], timeout: float | None = None) -> dict[int, tuple[int, Device]]:
+def survey(
+    grid: Grid, nodes: Sequence[int], timeout: float | None = None, *, distinct: bool = True
+) -> dict[int, tuple[int, Device]]:
     """Ask nodes what they are; return client number and device by node id, without those that do not answer.
 
-    Raises ``RunError`` if two nodes say that they are the same client.
+    Raises ``RunError`` if two nodes say that they are the same client, unless ``distinct`` is False: for grids that
+    know who is who, where what a node says must not end a run.
     """
     content = RecordDict({AGREED: ConfigRecord({"phase": HELLO})})
     asked = [Message(content=content, dst_node_id=node, message_type="query") for node in nodes]
@@ -114,7 +117,7 @@ def survey(grid: Grid, nodes: Sequence[int], timeout: float | None = None) -> di
         )
     owners: dict[int, int] = {}
     for node, (client, _) in sorted(found.items()):
-        if client in owners:
+        if distinct and client in owners:
             raise RunError(
                 f"The nodes {owners[client]} and {node} both say that they are client {client}; give each device a "
                 "number of its own (client in its configuration, or its partition-id)."

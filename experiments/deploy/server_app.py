@@ -67,14 +67,16 @@ def main(grid: Grid, context: Context) -> None:
 def introduced(grid: DeployedGrid) -> list[Device]:
     """Ask all devices what they are; return it by client number. Who does not answer is taken as it comes.
 
-    Raises ``RunError`` for a device that takes itself for another client than the one that was registered.
+    A device that takes itself for another client than the one that was registered is asked nothing more, and fails in
+    every round with this as the reason: it would train with that one's seeds, and perhaps with its state.
     """
-    told = survey(grid, list(grid.nodes))
+    told = survey(grid, list(grid.nodes), distinct=False)
     for number, node in enumerate(grid.nodes):
         if node in told and told[node][0] != number:
-            raise RunError(
-                f"Device {number} says that it is client {told[node][0]}; correct client= in its device.toml and "
-                "node.toml, or give it the folder that was made for it."
+            grid.refuse(
+                number,
+                f"the device says that it is client {told[node][0]}; correct client= in its device.toml and node.toml, "
+                "or give it the folder that was made for it",
             )
     return [told[node][1] if node in told else Device() for node in grid.nodes]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flowerbed.errors import RunError, require
@@ -92,6 +92,7 @@ class DeployedGrid(Grid):
         self._grid, self._ids = grid, list(node_ids)
         self._patience = patience or Patience()
         self._clock, self._sleep = clock, sleep
+        self._refused: dict[int, str] = {}
         self._joined = False
         self._looked: tuple[float, dict[int, str]] | None = None
         self._pushed: dict[str, Message] = {}
@@ -140,11 +141,18 @@ class DeployedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send all messages and wait for the replies, ``timeout`` seconds or as long as the grid's patience."""
-        pending = [_Pending(place, m, self._client(m)) for place, m in enumerate(messages)]
+        replies: dict[int, Message] = {}
+        pending: list[_Pending] = []
+        for place, message in enumerate(messages):
+            client = self._client(message)
+            if client in self._refused:
+                error = Error(flower_compat.CLIENT_RAISED, self._refused[client])
+                replies[place] = flower_compat.reply_with(message, error)
+            else:
+                pending.append(_Pending(place, message, client))
         connected = self._wait_for({p.client for p in pending})
         deadline = self._clock() + (self._patience.reply if timeout is None else timeout)
         pending = self._send([p for p in pending if p.client in connected], connected)
-        replies: dict[int, Message] = {}
         while pending:
             found = self._pull([p.message_id for p in pending if p.message_id])
             for p in pending:
@@ -162,6 +170,10 @@ class DeployedGrid(Grid):
             if pending:
                 self._sleep(self._patience.poll)
         return [replies[place] for place in sorted(replies)]
+
+    def refuse(self, client: int, reason: str) -> None:
+        """Ask a client nothing any more; whoever wants to gets an error with the reason in its place."""
+        self._refused[client] = reason
 
     # Who is there.
 

@@ -223,6 +223,21 @@ def test_replies_are_announced() -> None:
     assert sorted(heard) == [1000, 1001, 1002]
 
 
+def test_a_refused_device_is_asked_nothing_and_fails_with_the_reason() -> None:
+    flower = PlayedFlower()
+    deployed = grid(flower)
+    deployed.refuse(1, "it lies")
+    first, second, third = deployed.send_and_receive(asked(0, 1, 2))
+    assert second.has_error()
+    assert (second.metadata.src_node_id, second.error.reason) == (1001, "it lies")
+    assert said([first, third]) == [(0, "from 900719925474099"), (2, "from 4242")]
+    assert 17 not in [m.metadata.dst_node_id for m in flower.sent]
+    # Nobody waits for it either.
+    flower.online.pop(17)
+    deployed.send_and_receive(asked(0, 1))
+    assert flower.now == 0
+
+
 def test_an_error_of_a_device_is_its_reply() -> None:
     flower = PlayedFlower(answers=False)
 
