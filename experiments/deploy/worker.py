@@ -30,8 +30,8 @@ IDLE = 0.05
 """Seconds between two questions for work, on this machine."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 HARMLESS = (".toml", ".md")
-CONTENT = ".info/CONTENT"
-"""Flower's own list of what is in the bundle."""
+PLAIN = (".info/CONTENT", "LICENSE")
+"""What else a bundle may hold: Flower's own list of its files, and a licence."""
 LOG = logging.getLogger(__name__)
 
 
@@ -39,11 +39,7 @@ def require_no_code(bundle: bytes) -> None:
     """Raise ``ClientError`` unless an app (a FAB) has no code, and names the client of an installed flowerbed."""
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         for name in archive.namelist():
-            if (
-                PurePosixPath(name).suffix not in HARMLESS
-                and name != CONTENT
-                and not name.startswith("LICENSE")
-            ):
+            if PurePosixPath(name).suffix not in HARMLESS and name not in PLAIN:
                 raise ClientError(
                     f"the server sent an app that holds '{name}'; this device runs no code of the server"
                 )
