@@ -67,6 +67,13 @@ def test_devices_give_the_bits_of_a_simulation_though_one_is_killed_and_restarte
     assert_same(fed.model(strategy), simulated(fed.deployment, strategy))
 
 
+def test_masked_updates_give_them_too_though_every_device_draws_masks_of_its_own(fed: Loopback) -> None:
+    overrides = ["strategy=fedavg", *SMALL, "secure.enabled=true", "federation.rounds=1"]
+    fed.share(overrides)
+    assert fed.run(overrides, "masked") == 0
+    assert_same(fed.model("masked"), simulated(fed.deployment, "masked"))
+
+
 def test_so_does_the_ray_grid(fed: Loopback) -> None:
     if "fedavg" not in fed.deployment.run_names():
         pytest.skip("the run on devices, which this compares with, was not made")
