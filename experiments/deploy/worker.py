@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
+import signal
 import sys
 import time
 import tomllib
@@ -28,6 +30,8 @@ from flowerbed.offline import offline_defaults
 
 IDLE = 0.05
 """Seconds between two questions for work, on this machine."""
+GRACE = 20.0
+"""Seconds that a process may go on after its device has been given another message."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 HARMLESS = (".toml", ".md")
 PLAIN = (".info/CONTENT", "LICENSE")
@@ -52,9 +56,15 @@ def require_no_code(bundle: bytes) -> None:
 
 
 def serve(address: str, secret: bytes, parent: int) -> None:
-    """Fork a process for each task of the SuperNode at ``address``, until the process ``parent`` is gone."""
+    """Fork a process for each task of the SuperNode at ``address``, until the process ``parent`` is gone.
+
+    A SuperNode has one message at a time. So a process that is still there some time after the next task came is of no
+    use to anybody (it may wait for the rest of a message of a run that was stopped meanwhile) and is ended.
+    """
     client, request = _runtime(address, secret)
+    ends: dict[int, float] = {}
     while os.getppid() == parent:
+        _reap(ends)
         try:
             task = client.AcquireTask(request)
         except Exception as error:  # noqa: BLE001 - the SuperNode may be starting or restarting
@@ -62,9 +72,24 @@ def serve(address: str, secret: bytes, parent: int) -> None:
             time.sleep(1)
             continue
         if task.HasField("task") and task.token:
-            _fork(address, task.token)
+            latest = time.monotonic() + GRACE
+            ends = {pid: min(end, latest) for pid, end in ends.items()}
+            ends[_fork(address, task.token)] = math.inf
         else:
             time.sleep(IDLE)
+
+
+def _reap(ends: dict[int, float]) -> None:
+    """Take note of processes that have ended, and end those that should have."""
+    for pid, end in list(ends.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del ends[pid]
+            code = os.waitstatus_to_exitcode(status)
+            if code:
+                LOG.warning("The process of a message ended with %s.", code)
+        elif time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
 
 
 def _runtime(address: str, secret: bytes) -> tuple[Any, Any]:
@@ -85,16 +110,12 @@ def _runtime(address: str, secret: bytes) -> tuple[Any, Any]:
     return client, AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
 
 
-def _fork(address: str, token: str) -> None:
-    """Run one task in a process of its own and wait for it."""
+def _fork(address: str, token: str) -> int:
+    """Run one task in a process of its own; return its id."""
     parent = os.getpid()
     pid = os.fork()
     if pid:
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code:
-            LOG.warning("The process of a message ended with %s.", code)
-        return
+        return pid
     code = 1
     try:
         from flwr.supernode.runtime import run_clientapp

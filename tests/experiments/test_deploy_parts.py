@@ -567,6 +567,54 @@ print("good")
     assert supernode.LOCAL < 0.5
 
 
+def test_a_process_that_hangs_does_not_keep_the_next_message_from_being_answered(tmp_path: Path) -> None:
+    """The first task hangs, the others end; the first is ended once the others have come."""
+    code = """
+import os, sys, time
+from types import SimpleNamespace as N
+import flowerbed.experiments.deploy.worker as ours
+ours.GRACE, ours.IDLE = 0.5, 0.01
+folder, hung = sys.argv[1], []
+tasks = iter(["hangs", "ends", "ends", None])
+def acquire(request):
+    token = next(tasks, None)
+    return N(HasField=lambda name: token is not None, token=token)
+ours._runtime = lambda address, secret: (N(AcquireTask=acquire), None)
+count = 0
+def fork(address, token):
+    global count
+    count += 1
+    pid = os.fork()
+    if pid == 0:
+        if token == "hangs":
+            time.sleep(600)
+        open(os.path.join(folder, str(count)), "w").close()
+        os._exit(0)
+    if token == "hangs":
+        hung.append(pid)
+    return pid
+ours._fork = fork
+parent, deadline = os.getppid(), time.monotonic() + 20
+def still_there():
+    try:
+        os.kill(hung[0], 0)
+        return True
+    except (IndexError, ProcessLookupError):
+        return not hung
+os.getppid = lambda: parent if still_there() and time.monotonic() < deadline else 0
+begin = time.monotonic()
+ours.serve("x", b"", parent)
+assert sorted(os.listdir(folder)) == ["2", "3"], os.listdir(folder)
+assert not still_there(), "the process that hangs was left"
+assert time.monotonic() - begin >= 0.5, "and was not ended at once"
+print("good")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "good", done.stderr
+
+
 def test_what_looks_after_a_device_is_small_and_a_device_needs_the_base_install_only() -> None:
     heavy = ("ray", "hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "scipy", "pandas")
     code = (
