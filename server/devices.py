@@ -25,7 +25,7 @@ from flowerbed.server.grids import flower_compat
 
 MEGABYTE = 10**6
 HELLO = "device"
-"""The phase of a query that asks a device what it is (see ``flowerbed.clients.device``)."""
+"""The phase of a query that asks a device what it is (see ``flowerbed.experiments.deploy.device``)."""
 TICKET, RECEIPT = "ticket", "receipt"
 WORK = "work"
 AGREED = "agreed"

@@ -73,7 +73,7 @@ def main_app(grid: Grid, context: Context) -> None:
 def answer(message: Message, context: Context) -> Message:
     """Answer at once."""
     # What a real client cannot do without.
-    import flowerbed.clients.device  # noqa: F401
+    import flowerbed.experiments.deploy.device  # noqa: F401
 
     return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from flowerbed.clients.device import RUN_KEY, DeviceApp
 from flowerbed.errors import ClientError
+from flowerbed.experiments.deploy.device import RUN_KEY, DeviceApp
 
 DEVICE = "FLOWERBED_DEVICE"
 """Environment variable with the path of the device's configuration; ``flowerbed deploy node`` sets it."""

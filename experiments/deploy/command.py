@@ -125,8 +125,8 @@ def _node(asked: argparse.Namespace) -> int:
     if not asked.dry_run:
         DeviceNode.load(bundle, _say).run()
         return 0
-    from flowerbed.clients.device import check
     from flowerbed.experiments.deploy.client_app import refuse_foreign
+    from flowerbed.experiments.deploy.device import check
 
     plan = asked.plan or bundle / PLAN
     try:

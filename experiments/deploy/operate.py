@@ -22,7 +22,7 @@ from flowerbed.experiments.deploy.folder import KEY, PLAN, RUN_NAME, Deployment
 from flowerbed.experiments.deploy.node import require_free
 
 if TYPE_CHECKING:
-    from flowerbed.clients.device import Expectations
+    from flowerbed.experiments.deploy.device import Expectations
     from flowerbed.experiments.deploy.submission import Submission
     from flowerbed.experiments.parts import Parts
 
@@ -129,8 +129,8 @@ def unregister(deployment: Deployment, names: Sequence[str], say: Say) -> Deploy
 
 def planned(deployment: Deployment, overrides: Sequence[str], name: str) -> tuple[Parts, Expectations]:
     """Compose, build and check what is to be run; return its parts and what devices are told of it."""
-    from flowerbed.clients.device import Expectations
     from flowerbed.experiments.composition import compose_simulations
+    from flowerbed.experiments.deploy.device import Expectations
     from flowerbed.experiments.deploy.submission import unique_name
     from flowerbed.experiments.parts import build_parts
 
@@ -257,7 +257,7 @@ class Follower:
 
     def start(self) -> None:
         """Submit the run, or what is left of it."""
-        from flowerbed.clients.device import RUN_KEY
+        from flowerbed.experiments.deploy.device import RUN_KEY
 
         config = {RUN_KEY: self.submission.expectations}
         with connect(self.deployment) as control:

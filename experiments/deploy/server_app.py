@@ -12,9 +12,9 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flowerbed.clients.device import RUN_KEY, Expectations
 from flowerbed.clients.store import ClientStore
 from flowerbed.errors import ConfigError, RunError
+from flowerbed.experiments.deploy.device import RUN_KEY, Expectations
 from flowerbed.experiments.deploy.folder import Deployment
 from flowerbed.experiments.deploy.submission import ROOT, Submission, folder_name
 from flowerbed.experiments.parts import Parts

@@ -19,7 +19,13 @@ import torch
 from deployed import expectations, make_devices, parts_of
 from flwr.app import Context, Message
 
-from flowerbed.clients.device import (
+from flowerbed.clients.device_data import save_npz
+from flowerbed.clients.device_store import DeviceStore, Usage
+from flowerbed.clients.store import DiskStore, MemoryStore
+from flowerbed.datasets.form import DataForm
+from flowerbed.errors import ClientError, ConfigError
+from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.deploy.device import (
     RUN_KEY,
     DeviceConfig,
     DeviceDataParams,
@@ -30,12 +36,6 @@ from flowerbed.clients.device import (
     client_number,
     device_app,
 )
-from flowerbed.clients.device_data import save_npz
-from flowerbed.clients.device_store import DeviceStore, Usage
-from flowerbed.clients.store import DiskStore, MemoryStore
-from flowerbed.datasets.form import DataForm
-from flowerbed.errors import ClientError, ConfigError
-from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.parts import Parts
 from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.server.device_params import DeviceParams
@@ -248,7 +248,7 @@ def test_the_memory_limit_is_one_line(tmp_path: Path) -> None:
     make_devices(tmp_path, parts)
     code = f"""
 import torch
-from flowerbed.clients import device
+from flowerbed.experiments.deploy import device
 def greedy(*arguments): return torch.zeros(4 * 10**9, dtype=torch.uint8)
 device.DeviceApp._reply = greedy
 from pathlib import Path
@@ -465,7 +465,7 @@ def test_a_base_installation_is_enough_for_a_device() -> None:
     """What a process of a device imports, from the configuration to the strategies."""
     code = """
 import sys
-import flowerbed.clients.device, flowerbed.experiments.parts, flowerbed.experiments.transforms
+import flowerbed.experiments.deploy.device, flowerbed.experiments.parts, flowerbed.experiments.transforms
 from flowerbed.strategies.loader import load_all
 load_all()
 extras = "ray hydra omegaconf wandb matplotlib sklearn scipy pandas pyarrow PIL yaml torchvision dp_accounting cma"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from flowerbed.clients.device import RUN_KEY, Expectations, device_app
 from flowerbed.clients.device_data import save_npz
 from flowerbed.clients.device_store import run_secret
 from flowerbed.clients.masking import Secrets
 from flowerbed.clients.store import MemoryStore
 from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.deploy.device import RUN_KEY, Expectations, device_app
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.server.grids.inprocess import InProcessGrid

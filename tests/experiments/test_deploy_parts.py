@@ -96,7 +96,7 @@ def test_the_app_is_a_flower_app_that_carries_no_code_and_asks_for_no_package(fe
 
     from flwr.cli.build import build_fab_from_disk
 
-    from flowerbed.clients.device import RUN_KEY
+    from flowerbed.experiments.deploy.device import RUN_KEY
 
     bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(fed.app)))
     assert [n for n in bundle.namelist() if n.endswith(".py")] == []

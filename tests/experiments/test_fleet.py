@@ -15,11 +15,11 @@ from deployed import expectations, make_devices, parts_of
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from flowerbed import messages
-from flowerbed.clients.device import RUN_KEY
 from flowerbed.clients.store import MemoryStore
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.benchmarks.fleet import frames, nodes
 from flowerbed.experiments.benchmarks.fleet.grid import LoopbackGrid
+from flowerbed.experiments.deploy.device import RUN_KEY
 from flowerbed.experiments.parts import Parts
 from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.server.devices import DeviceLink

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowerbed.clients.device import Expectations
 from flowerbed.clients.device_data import save_npz
 from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.deploy.device import Expectations
 from flowerbed.experiments.parts import Parts, build_parts
 
 

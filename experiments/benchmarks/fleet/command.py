@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowerbed.clients.device import RUN_KEY, Expectations
 from flowerbed.clients.device_data import save_npz
 from flowerbed.errors import require
 from flowerbed.experiments.benchmarks import accounting
 from flowerbed.experiments.benchmarks.fleet.grid import MOST_NODES, LoopbackGrid
 from flowerbed.experiments.benchmarks.fleet.nodes import BEHAVIOURS, GOOD
 from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.deploy.device import RUN_KEY, Expectations
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.simulation import make_federation
 from flowerbed.server.devices import DeviceLink
 
-MODULE = "flowerbed.clients.device"
+MODULE = "flowerbed.experiments.deploy.device"
 """What a client process imports before it can answer."""
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from flowerbed import messages
-from flowerbed.clients.device import device_app
 from flowerbed.experiments.benchmarks.fleet import frames
+from flowerbed.experiments.deploy.device import device_app
 from flowerbed.server.grids import flower_compat
 from flowerbed.strategies.loader import load_all
 
