@@ -129,9 +129,9 @@ class DeviceNode:
             reader.start()
             if self.settings.warm:
                 worker = [sys.executable, "-m", "flowerbed.experiments.deploy.worker", address, str(secret)]
-                helper = stack.enter_context(_child(worker, environment))
+                warm = stack.enter_context(_child(worker, environment))
             while node.poll() is None and not self._stopped.is_set():
-                if self.settings.warm and helper.poll() is not None:
+                if self.settings.warm and warm.poll() is not None:
                     self.say("The warm process ended; the SuperNode is started again with a new one.")
                     break
                 self._stopped.wait(0.2)
