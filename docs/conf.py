@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+# The extension beside this file, and the package of this checkout, whatever is installed.
+sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 project = "flowerbed"
 author = "the flowerbed contributors"

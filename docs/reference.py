@@ -32,7 +32,7 @@ from flowerbed.experiments.options import (
 )
 from flowerbed.strategies.attacks.presets import ATTACKS
 
-BORDER = re.compile(r"\s*=+( +=+)+\s*$")
+BORDER = re.compile(r"=+( +=+)*$")
 ITEM = re.compile(r"\s*((?:-|\d+\.) +)")
 # Literals and emphasis are meant; of everything else the characters that would start markup are not.
 MARKUP = re.compile(
@@ -168,10 +168,9 @@ def settings() -> str:
 def commands() -> str:
     """Return the page of the commands with their help."""
     lines = ["# Commands"]
-    for title, arguments in (
-        ("flowerbed", ["--help"]),
-        *((f"flowerbed {name}", [name, "--help"]) for name in subcommands()),
-    ):
+    benchmarks = [["bench", name] for name in cli.BENCHMARKS]
+    for words in ([], *([name] for name in subcommands() if name != "bench"), *benchmarks):
+        title, arguments = " ".join(["flowerbed", *words]), [*words, "--help"]
         lines += ["", f"## {title}", "", "```text", help_text(arguments).rstrip(), "```"]
     return "\n".join([*lines, ""])
 
@@ -224,7 +223,7 @@ def escape(lines: list[str]) -> None:
             example = -1
         # Within tables and examples every character counts.
         table = table or bool(BORDER.match(block[0]))
-        made += block if table or example >= 0 else _prose(block)
+        made += _widened(block) if table else block if example >= 0 else _prose(block)
         made.append("")
         table = table and not BORDER.match(block[-1])
         if example < 0 and block[-1].endswith("::"):
@@ -241,9 +240,7 @@ def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
 
 def _prose(block: Sequence[str]) -> list[str]:
     """Return a paragraph or list without accidental markup, an empty line wherever the indentation breaks."""
-    text = MARKUP.sub(lambda found: found[0] if found["kept"] else f"\\{found[0]}", "\n".join(block))
-    # A literal that a word follows at once (plurals) is none otherwise.
-    text = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)
+    text = MARKUP.sub(_unmarked, "\n".join(block))
     made: list[str] = []
     expected = {_indent(block[0])}
     for line in text.split("\n"):
@@ -258,6 +255,22 @@ def _prose(block: Sequence[str]) -> list[str]:
         )
         made.append(line)
     return made
+
+
+def _widened(block: Sequence[str]) -> list[str]:
+    """Return a table of two columns with a wider first one: a text may reach into the gap, which is an error."""
+    second = block[0].rfind(" ") + 1
+    columns = [(line[:second].rstrip(), line[second:]) for line in block]
+    return [
+        f"{'=' * second if BORDER.match(left) else left.ljust(second)}  {right}" for left, right in columns
+    ]
+
+
+def _unmarked(found: re.Match[str]) -> str:
+    if not found["kept"]:
+        return f"\\{found[0]}"
+    # A literal that a word follows at once (a plural) is none otherwise.
+    return f"{found[0]}\\ " if found.string[found.end() : found.end() + 1].isalnum() else found[0]
 
 
 def _indent(line: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pages import LANGUAGES, Block, PageError, Reader, blocks, commands, own_modules
+from pages import LANGUAGES, Block, PageError, Reader, blocks, own_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -53,13 +53,9 @@ def test_a_page_with_its_slow_blocks(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_no_command_hides_in_a_block_without_a_language(page: Path) -> None:
+def test_every_block_is_of_a_language_that_is_run_or_shown(page: Path) -> None:
     for block in blocks(page, ROOT):
         assert block.language in ("", *LANGUAGES), f"{block.where}: unknown language '{block.language}'"
-        for line in commands(block.text) if block.language == "" else ():
-            assert not line.startswith(("flowerbed ", "pip ", "make ")), (
-                f"{block.where}: mark commands as bash (tests/support/pages.py says how blocks are run)"
-            )
 
 
 @pytest.mark.slow
@@ -110,7 +106,8 @@ class TestTheReader:
             "flowerbed simulate seeed=1\n```\n<!-- needs module no_such -->\n```python\nraise\n```\n"
             "```{toctree}\nx\n```\n"
         )
-        saved, network, module = blocks(page, tmp_path)
+        page.write_text(page.read_text() + "```\nflowerbed simulate grid=spark\n```\n")
+        saved, network, module, bare = blocks(page, tmp_path)
         assert (saved.where, saved.language) == ("page.md:2", "python")
         reader.read(saved)
         assert (tmp_path / "mine.py").read_text().endswith("VALUE = 3\n")
@@ -118,3 +115,6 @@ class TestTheReader:
         assert module.skipped() == "no_such is not installed"
         with pytest.raises(Exception, match="Did you mean 'seed'"):
             reader.check(network)
+        assert bare.skipped() == "commands in a block without a language"
+        with pytest.raises(Exception, match="Unknown grid 'spark'"):
+            reader.check(bare)

@@ -2,7 +2,8 @@
 
 What a block is, its language says: ``python`` is executed, with the names of the blocks before it; where its first
 line is a comment with nothing but a file name, it is saved as that file. ``bash`` is a command a line; ``flowerbed``
-runs in this process. ``yaml`` must parse, and is saved like Python. Everything else is text.
+runs in this process. ``yaml`` must parse, and is saved like Python. Commands in a block without a language are not
+run; like those that are marked so, their simulations are composed. Everything else is text.
 
 Comments directly above a block say what cannot be seen in it::
 
@@ -63,6 +64,8 @@ class Block:
         """Return why the block cannot be run here; None if it can."""
         if (reason := self.mark("not run")) is not None:
             return reason
+        if self.language == "" and self.text.startswith("flowerbed "):
+            return "commands in a block without a language"
         for mark in self.marks:
             module = mark.removeprefix("needs module ")
             if module != mark and not _installed(module):
@@ -114,7 +117,7 @@ class Reader:
 
     def check(self, block: Block) -> None:
         """Do what can be done with a block that is not run: its simulations must be possible."""
-        for command in commands(block.text) if block.language == "bash" else ():
+        for command in commands(block.text) if block.language in ("bash", "") else ():
             words = shlex.split(command, comments=True)
             if words[:2] == ["flowerbed", "simulate"]:
                 settings = [
