@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 $(VENV)/bin/python:
@@ -31,11 +31,7 @@ $(VENV)/.simulation: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,privacy,attacks,export,sweeps,dev]"
-	touch $@
-
-$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,attacks,docs]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,privacy,attacks,export,sweeps,docs,dev]"
 	touch $@
 
 clean:

@@ -15,8 +15,6 @@ exclude_patterns = ["_build"]
 # Notebooks are shown as they are stored; a test executes them.
 nb_execution_mode = "off"
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
-# MyST knows Markdown alone by this name; the pages are read by GitHub as well.
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
 
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}

@@ -29,6 +29,7 @@ from flowerbed.experiments.options import (
     field_docs,
     first_line,
     options_of,
+    thing,
 )
 from flowerbed.strategies.attacks.presets import ATTACKS
 
@@ -39,6 +40,8 @@ MARKUP = re.compile(
     r"(?P<kept>``.+?``|(?<![\w*])\*{1,2}[^\s*](?:[^*\n]*[^\s*])?\*{1,2}(?![\w*]))|[\\*`|]|_(?!\w)", re.DOTALL
 )
 MARKER = "<!-- further pages -->"
+PREFIXED = {"dataset": ("hf:NAME", "npz:PATH"), "model": ("timm:NAME",)}
+"""Names that no registry lists, as they are written."""
 API = {
     "Running": ("flowerbed.experiments.simulation", "flowerbed.experiments.config", "flowerbed.errors"),
     "Strategies": (
@@ -126,7 +129,8 @@ def choices(kind: str) -> str:
         "",
         f"Chosen with `{kind}=NAME`, options with `{kind}.OPTION=VALUE`.",
     ]
-    for found in things(kind):
+    prefixed = [thing(kind, name) for name in PREFIXED.get(kind, ())]
+    for found in (*things(kind), *prefixed):
         lines += ["", f"## {found.name}", "", _sentence(found.summary), *_table(found)]
     return "\n".join([*lines, ""])
 
@@ -210,7 +214,9 @@ def further_pages(app: Any, docname: str, source: list[str]) -> None:
         return
     named = set(re.findall(r"^[\w./-]+$", source[0], re.MULTILINE))
     rest = sorted(found for found in app.env.found_docs if found not in named and found != "index")
-    source[0] = source[0].replace(MARKER, "\n".join(["```{toctree}", ":caption: Further", "", *rest, "```"]))
+    source[0] = source[0].replace(
+        MARKER, "\n".join(["```{toctree}", ":maxdepth: 1", ":caption: Further", "", *rest, "```"])
+    )
 
 
 def escape(lines: list[str]) -> None:

@@ -41,6 +41,9 @@ Predict = Callable[[Tensor], Tensor]
 class Prepared(nn.Module):
     """A model behind the scaling and normalisation of its data: samples as they are stored to logits."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
         super().__init__()
         self.model = model
