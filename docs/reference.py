@@ -288,7 +288,10 @@ def _table(found: Thing, prefix: str = "") -> Iterator[str]:
     if free:
         yield from ("", "| option | default | meaning |", "|---|---|---|")
     for option in free:
-        default = "*must be given*" if option.default is REQUIRED else f"`{_cell(shown(option.default))}`"
+        default = "*must be given*"
+        if option.default is not REQUIRED:
+            # An empty text would be no literal.
+            default = f"`{_cell(shown(option.default)) or '(empty)'}`"
         yield f"| `{prefix}{option.name}` | {default} | {_cell(option.doc)} |"
     if found.open:
         yield from ("", "Takes further options.")

@@ -107,6 +107,7 @@ def text(parts: Parts, summary: Mapping[str, Any], model: nn.Module, files: Sequ
         _failures(summary),
         "## Limits",
         LIMITS,
+        _private(parts),
         "## Configuration",
         f"{made_with}, with {versions}.",
         f"```yaml\n{yaml.safe_dump(_shared(simulation.plain()), sort_keys=False)}```",
@@ -124,6 +125,17 @@ def _input(dataset: Dataset) -> str:
     return (
         f"Input: a batch of {kind} samples of shape {shape}; output: logits `(N, {dataset.num_classes})` in the order "
         "of the classes. `config.json` has shapes, classes and normalisation for programs."
+    )
+
+
+def _private(parts: Parts) -> str:
+    """Return which tensors the method keeps at its clients: in the global model they are as they were drawn."""
+    info = parts.strategy.setting.info if parts.strategy.setting else None
+    private = sorted(parts.strategy.half.private(info)) if info else []
+    if not private:
+        return ""
+    return (
+        f"Private to the clients, and untrained in these files: {', '.join(f'`{name}`' for name in private)}."
     )
 
 

@@ -161,6 +161,22 @@ def test_the_card_says_what_the_run_stored(run: Path, capsys: pytest.CaptureFixt
     assert torch.allclose(samples, data.prepare(data.test.inputs), atol=1e-6)
 
 
+def test_the_card_says_what_stays_at_the_clients(tmp_path: Path) -> None:
+    settings = [
+        "strategy=fedper",
+        "model=mlp",
+        "model.hidden=[8]",
+        "federation.clients=2",
+        "federation.rounds=1",
+    ]
+    assert (
+        cli.main(["simulate", *settings, f"run.dir={tmp_path / 'run'}", "run.figures=false", "--json"]) == 0
+    )
+    export.export_run(tmp_path / "run")
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "untrained in these files: `head.bias`, `head.weight`." in card
+
+
 def test_what_cannot_be_exported_is_said(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
