@@ -32,6 +32,7 @@ examples:
   flowerbed attack runs/watched attack=ig           what single clients gave away, see flowerbed attack --help
   flowerbed deploy init fed --address HOST          a federation of real devices, see flowerbed deploy --help
   flowerbed papers                                  every paper, and what its record says
+  flowerbed export runs/cifar --format onnx         the trained model for other programs, with a model card
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
@@ -142,6 +143,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     show = commands.add_parser("show", help="show one screen about a run, a sweep, or other results")
     show.add_argument("directory", type=Path, metavar="DIR")
+    export = commands.add_parser("export", help="write a run's global model for other programs, with a card")
+    export.add_argument("directory", type=Path, metavar="RUN")
+    export.add_argument(
+        "--format",
+        default="safetensors",
+        metavar="NAME[,NAME]",
+        help="safetensors (weights), pt2 (torch.export), torchscript, onnx (default: %(default)s)",
+    )
+    export.add_argument("--out", type=Path, metavar="DIR", help="where the files go (RUN/export)")
     commands.add_parser(
         "diff", add_help=False, help="say which settings and results of two runs or sweeps differ: diff A B"
     )
@@ -195,6 +205,8 @@ def _dispatch(asked: argparse.Namespace, as_json: bool) -> int:
         return resume(asked.directory, asked.overrides, as_json)
     if asked.command == "list":
         return _list(asked.kind, asked.pattern, as_json)
+    if asked.command == "export":
+        return _export(asked.directory, asked.format.split(","), asked.out, as_json)
     return _show(asked.directory, as_json)
 
 
@@ -204,6 +216,21 @@ def _list(plural: str, pattern: str, as_json: bool) -> int:
     kind = listing.PLURALS[plural]
     found = listing.things(kind, pattern)
     print(json.dumps(listing.plain(found), indent=1) if as_json else listing.text(kind, found))
+    return 0
+
+
+def _export(run: Path, formats: Sequence[str], out: Path | None, as_json: bool) -> int:
+    from flowerbed.experiments import export
+    from flowerbed.experiments.composition import import_from_current_directory
+
+    import_from_current_directory()
+    made = export.export_run(run, formats, out)
+    if as_json:
+        print(json.dumps(export.as_json(made)))
+        return 0
+    for name, difference in made.differences.items():
+        print(f"{name}: differs from the model by {difference:.2g} at most, on {export.CHECKED} test samples")
+    print(f"files: {', '.join(map(str, made.files))}")
     return 0
 
 

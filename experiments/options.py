@@ -84,11 +84,13 @@ def thing(kind: str, name: str) -> Thing:
     """Describe what ``kind=name`` chooses; raises ``ConfigError`` for an unknown name or a failed import."""
     if kind == "strategy":
         return _strategy(name)
-    if kind == "dataset" and name.startswith("npz:"):
+    if kind == "dataset" and name.startswith(("npz:", "hf:")):
+        from flowerbed.datasets.hugging_face import HuggingFace
         from flowerbed.datasets.npz import NpzFile
 
-        options = tuple(o for o in options_of(NpzFile)[0] if o.name != "path")
-        return Thing(name, first_line(NpzFile), options, preset={"name": name})
+        # The first field is what the name says.
+        source = NpzFile if name.startswith("npz:") else HuggingFace
+        return Thing(name, first_line(source), options_of(source)[0][1:], preset={"name": name})
     if kind == "model" and name == "auto":
         return Thing(name, "The default model of the data set.", preset={"name": name})
     if kind == "model" and name.startswith("timm:"):
