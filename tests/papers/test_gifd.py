@@ -56,7 +56,7 @@ def test_all_methods_have_the_same_budget_victims_and_start() -> None:
     for name, params in ATTACKS.items():
         assert params.victims + params.tuned_on <= RUNS[name].federation.clients
     tried = {(p.attack, len(list(p.candidates()))) for n, p in ATTACKS.items() if n.count("-") == 1}
-    assert tried == {("ig", 3), ("latent", 1), ("gias", 3), ("gifd", 3), ("ggl", 1)}
+    assert tried == {("ig", 4), ("latent", 1), ("gias", 3), ("gifd", 3), ("ggl", 1)}
 
 
 @pytest.mark.parametrize("setting", gifd.SETTINGS.values())
@@ -126,10 +126,12 @@ def test_options_are_those_that_did_best_on_the_further_clients(
 
     monkeypatch.setattr(gifd, "attacked", seen)
     monkeypatch.setattr(
-        gifd, "psnr_of", lambda made: {0.01: 1.0, 0.03: 3.0, 0.1: 2.0}[made.attack.priors[0].weight]
+        gifd,
+        "psnr_of",
+        lambda made: {0.003: 0.0, 0.01: 1.0, 0.03: 3.0, 0.1: 2.0}[made.attack.priors[0].weight],
     )
     assert gifd.measure(finished)["chosen-tv"] == 0.03
-    assert asked == [(0.01, (2,)), (0.03, (2,)), (0.1, (2,)), (0.03, (0, 1))]
+    assert asked == [(0.003, (2,)), (0.01, (2,)), (0.03, (2,)), (0.1, (2,)), (0.03, (0, 1))]
 
 
 def test_wins_are_counted_image_by_image(tmp_path: Path) -> None:
