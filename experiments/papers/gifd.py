@@ -14,9 +14,9 @@ its defence, and the server keeps what it received. What is measured is an attac
 
 Fair to all: the same clients, model, noise and starting code; labels restored, never given; one start; as many
 gradients of the victims' model (``budget``), spread evenly over the stages of GIFD and a quarter to z for GIAS; one
-schedule of learning rates for all that descend. Options that matter (IG's total variation, GIFD's last layer K, GIAS's
-rate) are chosen on further clients, of other images. Restart and stage are chosen by what the server sees. Every seed
-has its own prior, victims' model and images.
+schedule of learning rates for all that descend. Options that matter, four candidates each (IG's total variation,
+GIAS's rate, GIFD's rate and last layer K), are chosen on further clients, of other images. Restart and stage are chosen
+by what the server sees. Every seed has its own prior, victims' model and images.
 
 Null models: the mean of the class, the nearest of the prior's training images and the best of ``budget`` samples of the
 prior (both chosen by the truth, which no attacker can).
