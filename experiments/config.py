@@ -320,7 +320,7 @@ class Simulation:
             # Such a schedule ends with the run, so here the number of rounds decides every step.
             plain["federation"]["rounds"] = self.federation.rounds
         # What is off decides nothing, and leaves the runs of before it existed what they were.
-        for section, key in (("initial", "sha256"), ("evaluation", "measures")):
+        for section, key in (("initial", "sha256"), ("evaluation", "measures"), ("evaluation", "sharded")):
             if not plain[section][key]:
                 plain[section].pop(key)
         if self.initial.part == "all":

@@ -76,16 +76,18 @@ class Attacked:
 def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Attack:
     """Return a preset with some of its constants replaced.
 
-    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor), of ``Descent``
-    (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total variation, and
-    ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
+    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor, last_stage), of
+    ``Descent`` (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total
+    variation, and ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
     """
     attack = ATTACKS.get(name)(prior)
     if isinstance(attack, ReadOut):
         for key in options:
             require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
         return replace(attack, **options)
-    own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
+    own = (
+        "objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor", "last_stage",
+    )  # fmt: skip
     moving = tuple(f.name for f in fields(Descent))
     inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()
     for key, value in options.items():

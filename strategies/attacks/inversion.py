@@ -68,6 +68,8 @@ class Inversion:
     floor: float = 0.0
     """D as the attacker expects it at the truth, from noise that it knows of: the first stage that gets there is the
     last that counts (a discrepancy rule)."""
+    last_stage: bool = False
+    """Report the last stage, whatever its distance: a control for the choice of the stage."""
     restarts: int = 1
     chunk: int = 0
     """Rows computed at a time; 0 means all of them."""
@@ -149,6 +151,8 @@ class Inversion:
             x, found, distances = costs.judged(space, variables)
             images = x if images is None else images
             better = (distances < best) & ~(best <= self.floor)
+            if self.last_stage:
+                better[:] = True
             images[better], labels[better], best[better] = x[better], found[better], distances[better]
             following = space.advance(variables, costs.labels)
             if following is None:
