@@ -35,7 +35,7 @@ examples:
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
-LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
+LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences", "tamperings")
 BENCHMARKS = ("overhead", "speed", "scale")
 
 
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
     )
     listing = commands.add_parser(
-        "list", help="list models, strategies, datasets, partitions, encoders or defences"
+        "list", help="list models, strategies, datasets, partitions, encoders, defences or tamperings"
     )
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(

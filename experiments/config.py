@@ -31,6 +31,7 @@ IDENTITY = (
     "privacy",
     "byzantine",
     "secure",
+    "tampering",
     "evaluation",
     "stop",
 )
@@ -263,6 +264,7 @@ class Simulation:
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
+    tampering: Choice = Choice("none")
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -321,6 +323,11 @@ class Simulation:
             plain["local"].pop("milestones")
         if self.defence.name == "none":
             plain.pop("defence")
+        if self.tampering.name == "none":
+            plain.pop("tampering")
+        else:
+            # A tampered round trains nothing, so which ones are decides the model.
+            plain["tampering"] |= {"rounds": self.observe.rounds, "clients": self.observe.clients}
         if not self.local.replacement:
             plain["local"].pop("replacement")
         for key in ("beta2", "eps"):
@@ -346,7 +353,7 @@ SECTIONS: dict[str, type] = {
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence", "tampering")
 
 
 def _section(key: str, value: Any) -> Any:

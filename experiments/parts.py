@@ -18,6 +18,7 @@ from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.data import LABELLED
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.store import MemoryStore
+from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.files import Busy, Progress
 from flowerbed.datasets.partitions import DrawnPartition, Partition, partition
@@ -133,7 +134,9 @@ def build_parts(
             class_counts=tuple(train_counts(dataset.train.labels, train, dataset.num_classes)),
         )
     )
-    strategy.transforms = transforms.server_transforms(simulation, strategy, info)
+    strategy.transforms = transforms.server_transforms(
+        simulation, strategy, info, Scale(dataset.mean, dataset.std)
+    )
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,
@@ -182,6 +185,7 @@ def completed(simulation: Simulation) -> Simulation:
         encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
         defence=whole("defence", simulation.defence),
+        tampering=whole("tampering", simulation.tampering),
     )
 
 

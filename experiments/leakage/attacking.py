@@ -20,8 +20,8 @@ from flowerbed.experiments.leakage import scoring
 from flowerbed.experiments.leakage.truth import Truth, truth_of
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
-from flowerbed.strategies.attacks.analytic import ReadOut
 from flowerbed.strategies.attacks.descents import Descent, Watch
+from flowerbed.strategies.attacks.fishing import Fishing
 from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
@@ -81,10 +81,17 @@ def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) 
     ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
     """
     attack = ATTACKS.get(name)(prior)
-    if isinstance(attack, ReadOut):
-        for key in options:
-            require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
-        return replace(attack, **options)
+    if isinstance(attack, Fishing):
+        return replace(attack, search=_searching(attack.search, name, options))
+    if isinstance(attack, Inversion):
+        return _searching(attack, name, options)
+    for key in options:
+        require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
+    return replace(attack, **options)
+
+
+def _searching(attack: Inversion, name: str, options: Mapping[str, Any]) -> Inversion:
+    """Return a search with some of its constants replaced."""
     own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
     moving = tuple(f.name for f in fields(Descent))
     inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()

@@ -19,7 +19,7 @@ from flowerbed.strategies.attacks import candidates
 from flowerbed.strategies.attacks.candidates import Steps
 from flowerbed.strategies.attacks.objectives import Objective, masked
 from flowerbed.strategies.attacks.observation import Gradient
-from flowerbed.strategies.attacks.priors import BatchStatistics, group_gap
+from flowerbed.strategies.attacks.priors import BatchStatistics, SameSamples, group_gap
 from flowerbed.strategies.attacks.spaces import LABELS, Pixels, Rows, Space, Variables, X, clamped
 
 Prior = Callable[[Tensor], Tensor]
@@ -39,6 +39,8 @@ class Terms:
     group: float
     imitation: str
     """none, mask or sign."""
+    order: SameSamples | None = None
+    """What ties epochs that have samples of their own."""
 
 
 class Costs:
@@ -102,6 +104,8 @@ class Costs:
         total = distance + space.penalty(variables)
         for prior in self._terms.priors:
             total = total + prior(x)
+        if self._terms.order is not None and self._steps.apart:
+            total = total + self._terms.order(x, self._steps.epochs)
         if self._terms.statistics is not None:
             total = total + self._terms.statistics.of(layers)
         return total, distance

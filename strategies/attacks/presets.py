@@ -8,8 +8,12 @@
 ``wang``             Wang et al. 2019: l2, TV with exponents, L-BFGS in the box
 ``gradinversion``    Yin et al. 2021: norms, TV, norm, batch statistics, group term, noise
 ``tag``              Deng et al. 2021: l2 plus weighted l1, labels searched for, Adam, clipped
+``fedavg``           Dimitrov et al. 2022: as ``ig``, epochs with samples of their own, matched and averaged
 ``readout``          the input of a first linear layer, divided out of its gradient
 ``imprint``          Fowl et al. 2022 (Robbing the Fed): the bins of an imprint layer
+``trap``             Boenisch et al. 2021 (Curious Abandon Honesty): rows of trap weights that agree
+``fishing``          Wen et al. 2022: the samples that a head made to fish let through, as ``modern`` finds them
+``rgap``             Zhu and Blaschko 2021 (R-GAP): the input layer by layer, from the loss backwards
 ``latent``           the latent code of a generator alone, cosine
 ``ggl``              Li et al. 2022: the same by CMA-ES on l2, with a penalty on the code
 ``gias``             Jeon et al. 2021: the latent code, then the generator's weights, cosine
@@ -27,14 +31,16 @@ from collections.abc import Callable
 
 from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
-from flowerbed.strategies.attacks.analytic import BINS, READOUT, ReadOut
+from flowerbed.strategies.attacks.analytic import BINS, READOUT, TRAP, ReadOut
 from flowerbed.strategies.attacks.descents import Descent
+from flowerbed.strategies.attacks.fishing import Fishing
 from flowerbed.strategies.attacks.generative import Latent, Prior, shipped
 from flowerbed.strategies.attacks.inversion import Inversion
-from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
+from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, SameSamples, TotalVariation
+from flowerbed.strategies.attacks.recursive import Recursive
 from flowerbed.strategies.attacks.spaces import Pixels
 
-Attack = Inversion | ReadOut
+Attack = Inversion | ReadOut | Fishing | Recursive
 Preset = Callable[[Prior | None], Attack]
 ATTACKS: Registry[Preset] = Registry("attack")
 
@@ -106,10 +112,23 @@ _plain(
     )
 )
 
+_plain(
+    Inversion(
+        "fedavg",
+        priors=(TotalVariation(0.002),),
+        order=SameSamples(10.0),
+        descents=(Descent(steps=1000, lr=0.1, schedule="cosine"),),
+    )
+)
 _plain(READOUT)
 _plain(BINS)
+_plain(TRAP)
+_plain(Fishing())
+_plain(Recursive())
 
-WITHOUT_SEARCH = frozenset({"readout", "imprint"})
+TAMPERINGS = {"trap": "trap_weights", "fishing": "class_fishing"}
+"""What the server of a run does for attacks that need a malicious one, unless ``tampering`` says otherwise."""
+WITHOUT_SEARCH = frozenset({"readout", "imprint", "trap", "rgap"})
 """Attacks that have no candidates, hence nothing to repeat a defence on."""
 STAGED = frozenset({"gias", "gifd"})
 """Attacks of several stages, which an expected distance ends."""
