@@ -18,7 +18,6 @@ from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.data import LABELLED
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.store import MemoryStore
-from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.files import Busy, Progress
 from flowerbed.datasets.partitions import DrawnPartition, Partition, partition
@@ -35,6 +34,7 @@ from flowerbed.experiments import measures, options, transforms
 from flowerbed.experiments.config import Choice, InitialParams, Simulation, build
 from flowerbed.experiments.encoders import Material, embedded_dataset
 from flowerbed.experiments.metrics import train_counts
+from flowerbed.experiments.tampering import tampered
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -134,9 +134,8 @@ def build_parts(
             class_counts=tuple(train_counts(dataset.train.labels, train, dataset.num_classes)),
         )
     )
-    strategy.transforms = transforms.server_transforms(
-        simulation, strategy, info, Scale(dataset.mean, dataset.std)
-    )
+    strategy.transforms = transforms.server_transforms(simulation, strategy, info)
+    strategy.transforms = tampered(strategy.transforms, simulation, strategy, dataset)
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,

@@ -16,20 +16,16 @@ from flowerbed.clients.privacy import LocalPrivacy
 from flowerbed.clients.secure import SecureMasking
 from flowerbed.clients.transform_params import BACKDOOR, INNER_PRODUCT
 from flowerbed.clients.transforms import ClientTransform
-from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ConfigError, require
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.experiments.sharded import Counting
 from flowerbed.models import evaluation
-from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.storage import Tensors
-from flowerbed.strategies.attacks.observation import SideInfo
 from flowerbed.strategies.attacks.observer import Observer
-from flowerbed.strategies.attacks.tampering import HONEST, TAMPERINGS, MaliciousServer, Tampering
 from flowerbed.strategies.base import FederatedStrategy, ServerTransform
 from flowerbed.strategies.collusion import InnerProductManipulation
 from flowerbed.strategies.privacy import CentralPrivacy, LocalLedger
@@ -76,7 +72,7 @@ def build_defence(choice: Choice) -> Defence:
 
 
 def server_transforms(
-    simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo, scale: Scale
+    simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo
 ) -> tuple[ServerTransform, ...]:
     """Return what stands before the algorithm; raises ``ConfigError`` for what privacy cannot protect.
 
@@ -87,24 +83,20 @@ def server_transforms(
     asked = min(math.ceil(federation.wanted * (1 + federation.oversample)), federation.clients)
     found: list[ServerTransform] = []
     observe = simulation.observe
-    require(
-        simulation.tampering.name == HONEST or bool(observe.rounds),
-        "tampering acts on the exchanges that are observed; say which, for example observe.rounds=[1].",
-    )
     if observe.rounds:
         if simulation.run.dir is None:
             raise ConfigError("observe.rounds keeps exchanges in the run directory; give run.dir.")
         assert strategy.setting is not None
         assert strategy.setting.server is not None
-        model = strategy.setting.server.model
-        observer = Observer(
-            Path(simulation.run.dir) / OBSERVATIONS,
-            model,
-            clients=observe.clients or None,
-            rounds=observe.rounds,
-            first_node=FIRST_NODE_ID,
+        found.append(
+            Observer(
+                Path(simulation.run.dir) / OBSERVATIONS,
+                strategy.setting.server.model,
+                clients=observe.clients or None,
+                rounds=observe.rounds,
+                first_node=FIRST_NODE_ID,
+            )
         )
-        found.append(_malicious(simulation, observer, model, scale) or observer)
     if simulation.secure.enabled:
         _require_maskable(simulation, strategy)
         everyone = any(phase.everyone for phase in strategy.phases(federation.rounds))
@@ -120,28 +112,6 @@ def server_transforms(
     if privacy.mode == "local":
         found.append(LocalLedger(privacy))
     return tuple(found)
-
-
-def _malicious(
-    simulation: Simulation, observer: Observer, model: ModelSpec, scale: Scale
-) -> MaliciousServer | None:
-    """Return the server that tampers with what is observed; None for an honest one."""
-    choice = simulation.tampering
-    if choice.name == HONEST:
-        return None
-    require(
-        not simulation.secure.enabled,
-        f"tampering={choice.name} reads single updates, and secure.enabled hides them; set one of the two.",
-    )
-    side = SideInfo(local=simulation.local, rounds=simulation.federation.rounds, scale=scale)
-    return MaliciousServer(build_tampering(choice), observer, model, seed=simulation.seed, side=side)
-
-
-def build_tampering(choice: Choice) -> Tampering:
-    """Return the tampering of that name, or import path, with its options."""
-    made = build(TAMPERINGS.get(choice.name), choice.options, "tampering")
-    assert isinstance(made, Tampering)
-    return made
 
 
 def _require_protectable(simulation: Simulation, strategy: FederatedStrategy, info: ModelInfo) -> None:

@@ -74,7 +74,7 @@ def gradient(
 ) -> tuple[Gradient, Layers]:
     """Return the gradient of the mean cross entropy, and what went into the ``watched`` layers.
 
-    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``.
+    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``; of token models ``(B, L)`` or ``(B, L, V)``.
     """
 
     def loss(moving: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -85,6 +85,8 @@ def gradient(
         finally:
             for handle in handles:
                 handle.remove()
+        if outputs.ndim == 3:
+            return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1)), seen
         return F.cross_entropy(outputs, targets), seen
 
     found, seen = grad(loss, has_aux=True)(dict(parameters))

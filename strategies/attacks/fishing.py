@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowerbed.errors import ConfigError
-from flowerbed.strategies.attacks.descents import Descent, Watch
+from flowerbed.strategies.attacks.descents import Watch
 from flowerbed.strategies.attacks.inversion import Inversion
 from flowerbed.strategies.attacks.labels import rounded
 from flowerbed.strategies.attacks.observation import (
@@ -24,7 +24,6 @@ from flowerbed.strategies.attacks.observation import (
     batch_size,
     gradient_of,
 )
-from flowerbed.strategies.attacks.priors import TotalVariation
 from flowerbed.strategies.attacks.tampering import HEAD, caught, target_of
 
 
@@ -33,14 +32,8 @@ class Fishing:
     """Searches for the samples that were caught; every other sample's guess is one of them again."""
 
     name: str = "fishing"
-    search: Inversion = field(
-        default_factory=lambda: Inversion(
-            "fishing",
-            priors=(TotalVariation(0.2),),
-            descents=(Descent(steps=24_000, lr=0.1, sign="soft", schedule="cosine", warmup=50),),
-        )
-    )
-    """How."""
+    search: Inversion = field(default_factory=lambda: Inversion("modern"))
+    """How; the preset is the one of this name."""
 
     def run(
         self,

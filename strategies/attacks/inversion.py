@@ -42,6 +42,7 @@ from flowerbed.strategies.attacks.observation import (
 )
 from flowerbed.strategies.attacks.priors import BatchStatistics, SameSamples
 from flowerbed.strategies.attacks.spaces import Pixels, Rows, Space
+from flowerbed.strategies.attacks.text import TextSpace, bag
 
 IMITATIONS = ("none", "mask", "sign")
 
@@ -132,7 +133,7 @@ class Inversion:
             first.module,
             [victim.module.state_dict() for victim in victims],
             [victim.sent for victim in victims],
-            [victim.labels.repeat(epochs) for victim in victims],
+            [torch.cat([victim.labels] * epochs) for victim in victims],
             first.steps,
             batch_statistics=first.side.normalisation == "train",
             chunk=self.chunk,
@@ -140,9 +141,11 @@ class Inversion:
         )
         best = torch.full((rows.count,), math.inf)
         images: Tensor | None = None
-        labels = costs.labels.clone()
+        labels = costs.labels
         curves: list[list[float]] = [[] for _ in range(rows.count)]
         space: Space = self.space
+        if isinstance(space, TextSpace):
+            space = space.told(first.side, model)
         variables = {n: v.to(costs.device) for n, v in space.open(rows).items()}
         stage = 0
         while True:
@@ -151,8 +154,11 @@ class Inversion:
                 curves, descend(descent, costs, space, variables, seed, watch), strict=True
             ):
                 curve.extend(more)
+            if isinstance(space, TextSpace):
+                space.moved(variables, costs, seed, stage)
             x, found, distances = costs.judged(space, variables)
-            images = x if images is None else images
+            if images is None:
+                images, labels = x.clone(), found.clone()
             better = (distances < best) & ~(best <= self.floor)
             images[better], labels[better], best[better] = x[better], found[better], distances[better]
             following = space.advance(variables, costs.labels)
@@ -222,7 +228,9 @@ class _Victim:
         else:
             sent = moved_back(observation)
             gradient = mean_gradient(observation, sent, steps)
-        if side.labels is not None:
+        if isinstance(attack.space, TextSpace):
+            labels = bag(observation, gradient, size, side, seed)
+        elif side.labels is not None:
             labels = side.labels
             require(len(labels) == size, f"{len(labels)} labels were given for a batch of {size}.")
         elif attack.joint:

@@ -101,7 +101,7 @@ def last_layer(module: nn.Module, gradient: Gradient, batch: int, x: Tensor) -> 
     was_training = module.training
     module.eval()
     try:
-        probabilities = module(x).double().softmax(-1).mean(0)
+        probabilities = module(x).double().softmax(-1).flatten(0, -2).mean(0)
     finally:
         handle.remove()
         module.train(was_training)

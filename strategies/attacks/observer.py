@@ -37,36 +37,21 @@ class Observer(ServerTransform):
     def replies(
         self, server_round: int, current: Tensors, replies: list[ClientReply], parameters: frozenset[str]
     ) -> list[ClientReply]:
-        for reply in replies:
-            # An answer without a model, to a query, is no update.
-            if self.wants(server_round, self.client_of(reply.node)) and MODEL in reply.streams:
-                self.keep(server_round, current, reply)
+        if self._rounds is None or server_round in self._rounds:
+            for reply in replies:
+                client = reply.node - self._first
+                # An answer without a model, to a query, is no update.
+                if (self._clients is None or client in self._clients) and MODEL in reply.streams:
+                    self._keep(server_round, client, current, reply)
         return replies
 
-    def client_of(self, node: int) -> int:
-        """Return a node's number as a client."""
-        return node - self._first
-
-    def wants(self, server_round: int, client: int) -> bool:
-        """Return whether a client's exchange of this round is to be kept."""
-        return (self._rounds is None or server_round in self._rounds) and (
-            self._clients is None or client in self._clients
-        )
-
-    def before(self, server_round: int, client: int) -> list[Observation]:
-        """Return what was kept of a client in earlier rounds; also after a run was resumed."""
-        kept = (self._folder / name_of(earlier, client) for earlier in sorted(self._rounds or ()))
-        found = (Observation.load(stem) for stem in kept if stem.with_suffix(".json").exists())
-        return [observation for observation in found if observation.round < server_round]
-
-    def keep(self, server_round: int, sent: Tensors, reply: ClientReply) -> None:
-        """Write the observation of a reply to ``sent``."""
+    def _keep(self, server_round: int, client: int, sent: Tensors, reply: ClientReply) -> None:
         told = reply.metrics.get(WEIGHT)
         examples = None if told is None else round(scalar(told))
         returned = {name: value for name, value in reply.model.items() if name in sent}
-        client = self.client_of(reply.node)
-        seen = Observation(client, server_round, self._model, dict(sent), returned, examples)
-        seen.save(self._folder / name_of(server_round, client))
+        Observation(client, server_round, self._model, dict(sent), returned, examples).save(
+            self._folder / name_of(server_round, client)
+        )
 
 
 def name_of(server_round: int, client: int) -> str:

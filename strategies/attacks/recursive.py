@@ -7,7 +7,8 @@ number of classes. For a layer z = W x + b with k = dL/dz, both the weight's gra
 
 so x is the least squares solution of both, given k and z. Where x = a(z') is an activation of the layer before, z' is
 its inverse and k' = (W^T k) a'(z'), and so on down to the input. The last layer begins: with a bias k = db; without one
-k and x are known up to a factor t, which solves t k(t) = -|..|, one equation that C classes over-determine.
+dW = u v^T gives x = t v and k = u / t up to a factor t, and t k(t v) = u is one equation for each class. Three classes
+or more determine t and its sign; two leave several answers (the paper's twin data), of which one is taken.
 
 A ReLU has no inverse where it is 0: the rows W x = z - b of those units are left out, and k' is 0 there.
 """
@@ -140,8 +141,9 @@ def layers_of(module: nn.Module, attack: str, observation: Observation) -> list[
 
     def walk(name: str, layer: nn.Module) -> None:
         if isinstance(layer, nn.Sequential) or (isinstance(layer, Net) and not name):
-            parts = layer.named_children()
-            for inner, part in parts:
+            # Not named_children: an activation that is used twice would come once.
+            for inner, part in layer._modules.items():
+                assert part is not None
                 walk(f"{name}.{inner}" if name else inner, part)
         elif _can_go_through(layer):
             found.append((name, layer))

@@ -15,8 +15,9 @@ strategy gets the honest model back in its place: a tampered round trains nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from flwr.app import RecordDict
@@ -32,7 +33,7 @@ from flowerbed.registry import Registry
 from flowerbed.storage import Tensors
 from flowerbed.strategies.attacks.labels import dummies
 from flowerbed.strategies.attacks.observation import Observation, SideInfo, batch_size, gradient_of
-from flowerbed.strategies.attacks.observer import Observer
+from flowerbed.strategies.attacks.observer import Observer, name_of
 from flowerbed.strategies.base import ClientReply, ServerTransform
 
 TAMPERINGS: Registry[type[Tampering]] = Registry("tampering")
@@ -265,13 +266,26 @@ def head_of(module: nn.Module, model: ModelSpec, target: int) -> tuple[str, nn.L
 class MaliciousServer(ServerTransform):
     """Sends tampered models in the observed rounds, keeps what comes back, and hides it from the strategy.
 
-    It takes the observer's place before all other transforms. Only clients that are observed get a tampered model.
+    It takes the observer's place before all other transforms, and lets it write what it does. Only clients that are
+    observed get a tampered model.
     """
 
     def __init__(
-        self, tampering: Tampering, observer: Observer, model: ModelSpec, *, seed: int, side: SideInfo
+        self,
+        tampering: Tampering,
+        observer: Observer,
+        model: ModelSpec,
+        folder: Path,
+        *,
+        clients: Collection[int] | None,
+        rounds: Collection[int],
+        first_node: int,
+        seed: int,
+        side: SideInfo,
     ) -> None:
-        self._tampering, self._observer, self._model = tampering, observer, model
+        """``folder`` is where the observer writes; ``clients`` and ``rounds`` are those it keeps."""
+        self._tampering, self._observer, self._model, self._folder = tampering, observer, model, folder
+        self._clients, self._rounds, self._first = clients, sorted(rounds), first_node
         self._seed, self._side = seed, side
         self._sent: dict[int, Tensors] = {}
         """What went out in this round, by node."""
@@ -281,11 +295,10 @@ class MaliciousServer(ServerTransform):
         self._round, self._sent = server_round, {}
         for message in asked:
             node = message.metadata.dst_node_id
-            client = self._observer.client_of(node)
-            if message.metadata.message_type != "train" or not self._observer.wants(server_round, client):
+            if message.metadata.message_type != "train" or not self._wants(server_round, node):
                 continue
-            honest = messages.tensors(message.content.array_records[MODEL])
-            before = self._observer.before(server_round, client)
+            honest, client = messages.tensors(message.content.array_records[MODEL]), node - self._first
+            before = self._before(server_round, client)
             exchange = Exchange(self._model, honest, client, server_round, self._seed, self._side, before)
             sent = {**honest, **self._tampering.broadcast(exchange)}
             # A content is shared by all messages of the round: this one gets its own.
@@ -295,8 +308,7 @@ class MaliciousServer(ServerTransform):
     def replies(
         self, server_round: int, current: Tensors, replies: list[ClientReply], parameters: frozenset[str]
     ) -> list[ClientReply]:
-        wanted = [r for r in replies if self._observer.wants(server_round, self._observer.client_of(r.node))]
-        if wanted and (server_round != self._round or not self._sent):
+        if self._round != server_round and any(self._wants(server_round, reply.node) for reply in replies):
             raise ConfigError(
                 "This strategy writes its messages itself, so a malicious server cannot tamper with them "
                 "(tampering=...); use one like fedavg."
@@ -307,7 +319,17 @@ class MaliciousServer(ServerTransform):
             if sent is None or MODEL not in reply.streams:
                 found.append(reply)
                 continue
-            self._observer.keep(server_round, sent, reply)
+            self._observer.replies(server_round, sent, [reply], parameters)
             honest: Mapping[str, Tensor] = {n: current[n] for n in reply.streams[MODEL]}
             found.append(replace(reply, streams={**reply.streams, MODEL: honest}))
         return found
+
+    def _wants(self, server_round: int, node: int) -> bool:
+        return server_round in self._rounds and (self._clients is None or node - self._first in self._clients)
+
+    def _before(self, server_round: int, client: int) -> list[Observation]:
+        """Return what was kept of a client in earlier rounds; also after a run was resumed."""
+        stems = [
+            self._folder / name_of(earlier, client) for earlier in self._rounds if earlier < server_round
+        ]
+        return [Observation.load(stem) for stem in stems if stem.with_suffix(".json").exists()]
