@@ -84,8 +84,9 @@ def _attacked(arguments: Sequence[str], attack: Sequence[str], as_json: bool) ->
     tampering = TAMPERINGS.get(command.read(attack)[0])
     if tampering is not None and "tampering" not in asked:
         further.append(f"tampering={tampering}")
-    # In front, so that tampering.KEY=VALUE finds what it sets.
-    arguments = [*further, *arguments]
+    # In front of all settings, so that tampering.KEY=VALUE finds what it sets; flags may stand before them.
+    first = next((i for i, text in enumerate(arguments) if "=" in text and text[0] != "-"), len(arguments))
+    arguments = [*arguments[:first], *further, *arguments[first:]]
     flags = get_args_parser().parse_args(list(arguments))
     if flags.multirun:
         raise ConfigError(

@@ -43,7 +43,10 @@ BLUR = (1.0, 3.0, 3.0, 1.0)
 
 
 class _Opened(nn.Module):
-    """Weights by their published names, and the middle of packed vectors."""
+    """Weights by their published names, and what is alike in all generators."""
+
+    layers: int
+    """Number of parts."""
 
     def __init__(self, state: Mapping[str, Tensor], side: int) -> None:
         super().__init__()
@@ -51,6 +54,18 @@ class _Opened(nn.Module):
             {_key(name): nn.Parameter(value.float()) for name, value in state.items()}
         )
         self.side = side
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """Return c ``(B, ...)`` for labels ``(B,)``."""
+        raise NotImplementedError
+
+    def part(self, h: Tensor, condition: Tensor, first: int, last: int) -> Tensor:
+        """Return h_last for h_first; pixels ``(B, 3, side, side)`` if ``last`` is the number of layers."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        """Return pixels ``(B, 3, side, side)`` for h_0."""
+        return self.part(h, self.condition(labels), 0, self.layers)
 
     def _of(self, name: str) -> Tensor:
         found: Tensor = self.weights[_key(name)]

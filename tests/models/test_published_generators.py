@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from flowerbed.datasets.augment import PIXELS
 from flowerbed.errors import ConfigError
 from flowerbed.models.published_generators import BigGAN, StyleGAN2, published
-from flowerbed.strategies.attacks.generative import FeatureMaps, Latent, Prior
+from flowerbed.strategies.attacks.generative import FeatureMaps, Latent, Prior, Weights
 
 WIDTH, CHANNELS = 6, (5, 4, 3)
 """Of the tiny stand-in of StyleGAN2: sides 4, 8 and 16."""
@@ -191,9 +191,9 @@ def big_state(seed: int = 0) -> dict[str, Tensor]:
 
 
 def test_big_pictures_depend_on_class_and_code_and_norms_are_one() -> None:
-    big = BigGAN(big_state(), 16)
+    big = BigGAN(big_state(), 16).requires_grad_(False)
     assert (big.layers, big.latent, big.classes) == (6, (4,), 7)
-    largest = torch.linalg.svdvals(big._of("generator.layers.0.conv_1.weight").detach().flatten(1))[0]
+    largest = torch.linalg.svdvals(big._of("generator.layers.0.conv_1.weight").flatten(1))[0]
     assert float(largest) == pytest.approx(1, abs=1e-3)
     z = torch.randn(2, 4)
     a, b = (big.part(z, big.condition(torch.tensor([c, c])), 0, 6) for c in (0, 3))
@@ -280,6 +280,10 @@ def test_an_attack_goes_through_a_users_file(suffix: str, tmp_path: Path) -> Non
     assert following is not None
     assert isinstance(following[0], FeatureMaps)
     torch.testing.assert_close(torch.func.vmap(following[0].decode)(following[1], labels), image)
+    # And GIAS's copies of the weights begin with the same picture.
+    copies, own = Weights.after(prior, variables["z"], labels)
+    again = torch.func.vmap(copies.decode)({**own, **copies.fixed}, labels)
+    torch.testing.assert_close(again, image, rtol=1e-4, atol=1e-4)
 
 
 def test_other_files_are_refused() -> None:
