@@ -133,8 +133,8 @@ class StyleGAN2(_Opened):
         return h
 
     def _first(self, h: Tensor) -> Tensor:
-        code, noise = h.split([self._styles * self._width, h.shape[1] - self._styles * self._width], 1)
-        code = code.view(-1, self._styles, self._width)
+        size = self._styles * self._width
+        code, noise = h[:, :size].view(-1, self._styles, self._width), h[:, size:]
         styles = F.leaky_relu(self.mean + self.std * code, SLOPE)
         x = self._of("input.input").expand(len(h), -1, -1, -1)
         x = self._styled(x, "conv1", styles[:, 0], noise[:, : self._base**2])
@@ -158,7 +158,7 @@ class StyleGAN2(_Opened):
         layer = "conv1" if block == 1 else f"convs.{2 * block - 3}"
         channels = self._of(f"{layer}.activate.bias").numel()
         rest = [self._styles * self._width, sum(self._noise_sizes())]
-        x, skip, styles, noise = h.split([channels * side**2, 3 * side**2, *rest], 1)
+        x, skip, styles, noise = torch.split(h, [channels * side**2, 3 * side**2, *rest], 1)  # type: ignore[no-untyped-call]
         return (
             x.view(-1, channels, side, side),
             skip.view(-1, 3, side, side),
@@ -249,7 +249,7 @@ class BigGAN(_Opened):
     def _unpacked(self, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return features and latent code of h_k."""
         side = 4 * 2 ** sum(block < k - 1 for block in self._doubling)
-        features, z = h.split([h.shape[1] - self.latent[0], self.latent[0]], 1)
+        features, z = h[:, : -self.latent[0]], h[:, -self.latent[0] :]
         return features.view(len(h), -1, side, side), z
 
     def _block(self, x: Tensor, condition: Tensor, block: int) -> Tensor:

@@ -86,7 +86,9 @@ def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) 
     """
     attack = ATTACKS.get(name)(prior)
     if isinstance(attack, Fishing):
-        return replace(attack, search=composed(attack.search.name, options))
+        search = composed(attack.search.name, options)
+        assert isinstance(search, Inversion)
+        return replace(attack, search=search)
     if not isinstance(attack, Inversion):
         for key in options:
             known = ("rule",) if isinstance(attack, ReadOut) else ()

@@ -93,10 +93,11 @@ class SameSamples:
 
     def __call__(self, x: Tensor, epochs: int) -> Tensor:
         """Return the term for ``(epochs * N, ...)``."""
-        apart = x.unflatten(0, (epochs, -1)).flatten(2)
+        apart = x.view(epochs, len(x) // epochs, -1)
         g = apart.mean(1) if self.aggregate == "mean" else apart.amax(1)
         # Over ordered pairs, the distance of equal ones being 0: twice the variance over epochs.
-        return self.weight * 2 * (g - g.mean(0)).square().mean()
+        term: Tensor = self.weight * 2 * (g - g.mean(0)).square().mean()
+        return term
 
 
 def group_gap(x: Tensor, weight: float) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from flowerbed.strategies.attacks.observation import (
     gradient_of,
 )
 
-INVERSES: dict[type[nn.Module], Callable[[Tensor, nn.Module], Tensor]] = {
+INVERSES: dict[type[nn.Module], Callable[[Tensor, Any], Tensor]] = {
     nn.LeakyReLU: lambda y, layer: torch.where(y < 0, y / layer.negative_slope, y),
     nn.Sigmoid: lambda y, layer: y.clamp(1e-12, 1 - 1e-12).logit(),
     nn.Tanh: lambda y, layer: y.clamp(-1 + 1e-12, 1 - 1e-12).atanh(),
@@ -116,6 +117,7 @@ class Recursive:
                     raise ConfigError(
                         f"The gradient of '{name}.weight' did not come back; '{self.name}' needs every layer's."
                     )
+                assert isinstance(layer, nn.Linear | nn.Conv2d)
                 x, share = _input_of(layer, weight, y, k, before)
                 determined.append(share)
                 k = _back(layer, k, before)
@@ -223,7 +225,7 @@ def _zero(layer: nn.Module, y: Tensor) -> Tensor:
 
 
 def _input_of(
-    layer: nn.Module, weight: Tensor, z: Tensor, k: Tensor, shape: tuple[int, ...]
+    layer: nn.Linear | nn.Conv2d, weight: Tensor, z: Tensor, k: Tensor, shape: tuple[int, ...]
 ) -> tuple[Tensor, float]:
     """Return x ``shape`` from the layer's gradient and what came out of it, and the share of x that is determined.
 
@@ -231,7 +233,6 @@ def _input_of(
     """
     maps, gradients = _matrices(layer, k, shape)
     bias = torch.zeros(()) if layer.bias is None else layer.bias.detach()
-    assert isinstance(bias, Tensor)
     offset = bias.view(-1, *[1] * (z.ndim - 1)).expand_as(z) if bias.ndim else torch.zeros_like(z)
     right = (z - offset).flatten()
     known = ~right.isnan()
@@ -251,8 +252,10 @@ def _matrices(layer: nn.Module, k: Tensor, shape: tuple[int, ...]) -> tuple[Tens
         return layer.weight, torch.kron(k[:, None], torch.eye(size, dtype=k.dtype))
     assert isinstance(layer, nn.Conv2d)
     maps, gradients = [], []
-    for units in torch.eye(size, dtype=k.dtype).split(CHUNK):
-        x = units.view(-1, *shape)
+    assert not isinstance(layer.padding, str)
+    units = torch.eye(size, dtype=k.dtype)
+    for first in range(0, size, CHUNK):
+        x = units[first : first + CHUNK].view(-1, *shape)
         maps.append(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation).flatten(1))
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         gradients.append((k.flatten(1) @ columns.transpose(1, 2)).flatten(1))
@@ -265,6 +268,9 @@ def _back(layer: nn.Module, k: Tensor, shape: tuple[int, ...]) -> Tensor:
     if isinstance(layer, nn.Linear):
         return k @ layer.weight
     assert isinstance(layer, nn.Conv2d)
-    return torch.nn.grad.conv2d_input(
-        (1, *shape), layer.weight, k[None], layer.stride, layer.padding, layer.dilation
-    )[0]
+    # A convolution is linear, so its gradient by x is the same at every x.
+    x = torch.zeros(1, *shape, dtype=k.dtype, requires_grad=True)
+    with torch.enable_grad():
+        z = F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+        (found,) = torch.autograd.grad(z, x, k[None])
+    return found[0]

@@ -15,7 +15,7 @@ strategy gets the honest model back in its place: a tampered round trains nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.app.message import Message
 from flwr.serverapp import Grid
-from torch import Tensor, nn
+from torch import nn
 
 from flowerbed import messages, seeds
 from flowerbed.clients.local_round import MODEL
@@ -320,7 +320,7 @@ class MaliciousServer(ServerTransform):
                 found.append(reply)
                 continue
             self._observer.replies(server_round, sent, [reply], parameters)
-            honest: Mapping[str, Tensor] = {n: current[n] for n in reply.streams[MODEL]}
+            honest = {n: current[n] for n in reply.streams[MODEL]}
             found.append(replace(reply, streams={**reply.streams, MODEL: honest}))
         return found
 

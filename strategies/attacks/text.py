@@ -299,8 +299,9 @@ class PositionReadOut:
 class SoftEmbedding(nn.Module):
     """An embedding that also takes distributions over tokens ``(..., V)``, with the same parameter."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        assert isinstance(weight, nn.Parameter)
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:

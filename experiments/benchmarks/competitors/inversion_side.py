@@ -87,9 +87,10 @@ def breaching(
         # their names declared the import succeeds.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        library: Any = torch.library
+        declared = library.Library("torchvision", "DEF")
         for operator in OPERATORS:
-            library.define(operator)
+            declared.define(operator)
     import breaching as package
 
     state, gradients = _parts(tensors)
