@@ -21,6 +21,7 @@ from flowerbed.errors import ConfigError, require
 from flowerbed.experiments.config import Choice, Simulation, build
 from flowerbed.experiments.sharded import Counting
 from flowerbed.models import evaluation
+from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator

@@ -79,6 +79,9 @@ class _Opened(nn.Module):
 class StyleGAN2(_Opened):
     """The generator of Karras et al. 2020; it knows no classes."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, state: Mapping[str, Tensor], side: int) -> None:
         """``side``: of the images that are wanted. Raises ``ConfigError`` for a state dict that lacks tensors."""
         super().__init__(state, side)
@@ -158,7 +161,7 @@ class StyleGAN2(_Opened):
         layer = "conv1" if block == 1 else f"convs.{2 * block - 3}"
         channels = self._of(f"{layer}.activate.bias").numel()
         rest = [self._styles * self._width, sum(self._noise_sizes())]
-        x, skip, styles, noise = torch.split(h, [channels * side**2, 3 * side**2, *rest], 1)  # type: ignore[no-untyped-call]
+        x, skip, styles, noise = torch.split(h, [channels * side**2, 3 * side**2, *rest], 1)
         return (
             x.view(-1, channels, side, side),
             skip.view(-1, 3, side, side),
