@@ -118,7 +118,7 @@ _plain(
     Inversion(
         "fedavg",
         priors=(TotalVariation(0.002),),
-        order=SameSamples(10.0),
+        order=SameSamples(0.01),
         descents=(Descent(steps=1000, lr=0.1, schedule="cosine"),),
     )
 )
