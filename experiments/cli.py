@@ -37,8 +37,8 @@ examples:
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
-LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
-BENCHMARKS = ("overhead", "speed", "scale", "fleet", "deployment")
+LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences", "tamperings")
+BENCHMARKS = ("overhead", "speed", "scale", "attack", "fleet", "deployment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="KEY=VALUE", help="what changes, e.g. federation.rounds=80"
     )
     listing = commands.add_parser(
-        "list", help="list models, strategies, datasets, partitions, encoders or defences"
+        "list", help="list models, strategies, datasets, partitions, encoders, defences or tamperings"
     )
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
@@ -192,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
     )
     commands.add_parser(
-        "bench", add_help=False, help="run a benchmark: bench overhead|speed|scale|fleet|deployment [--help]"
+        "bench",
+        add_help=False,
+        help="run a benchmark: bench overhead|speed|scale|attack|fleet|deployment [--help]",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser

@@ -33,6 +33,7 @@ IDENTITY = (
     "byzantine",
     "secure",
     "devices",
+    "tampering",
     "evaluation",
     "stop",
 )
@@ -266,6 +267,7 @@ class Simulation:
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
     devices: DeviceParams = field(default_factory=DeviceParams)
+    tampering: Choice = Choice("none")
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -331,6 +333,11 @@ class Simulation:
             plain["local"].pop("milestones")
         if self.defence.name == "none":
             plain.pop("defence")
+        if self.tampering.name == "none":
+            plain.pop("tampering")
+        else:
+            # A tampered round trains nothing, so which ones are decides the model.
+            plain["tampering"] |= {"rounds": self.observe.rounds, "clients": self.observe.clients}
         if not self.local.replacement:
             plain["local"].pop("replacement")
         for key in ("beta2", "eps"):
@@ -357,7 +364,7 @@ SECTIONS: dict[str, type] = {
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence", "tampering")
 
 
 def _section(key: str, value: Any) -> Any:

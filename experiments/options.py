@@ -22,7 +22,7 @@ from flowerbed.registry import Registry
 
 REQUIRED: Final = dataclasses.MISSING
 """The default of an option that must be given."""
-KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model", "defence")
+KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model", "defence", "tampering")
 """The kinds of things that are chosen by name."""
 
 
@@ -77,6 +77,10 @@ def registry(kind: str) -> Registry[Any]:
         from flowerbed.clients.defences import DEFENCES
 
         return DEFENCES
+    if kind == "tampering":
+        from flowerbed.strategies.attacks.tampering import TAMPERINGS
+
+        return TAMPERINGS
     raise ConfigError(unknown_name("kind of thing", kind, KINDS))
 
 

@@ -35,6 +35,7 @@ from flowerbed.experiments import measures, options, transforms
 from flowerbed.experiments.config import Choice, InitialParams, Simulation, build
 from flowerbed.experiments.encoders import Material, embedded_dataset
 from flowerbed.experiments.metrics import train_counts
+from flowerbed.experiments.tampering import tampered
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
@@ -157,6 +158,7 @@ def build_parts(
         )
     )
     strategy.transforms = transforms.server_transforms(simulation, strategy, info, secret)
+    strategy.transforms = tampered(strategy.transforms, simulation, strategy, dataset)
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,
@@ -206,6 +208,7 @@ def completed(simulation: Simulation) -> Simulation:
         encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
         defence=whole("defence", simulation.defence),
+        tampering=whole("tampering", simulation.tampering),
     )
 
 

@@ -34,7 +34,7 @@ Flags
 
 Your own strategy, data set, partition or model is named by import path, package.module:Name, with the
 current directory on the path. The options of others: flowerbed list models, and likewise strategies, datasets,
-partitions, encoders, defences; or: flowerbed simulate strategy=NAME --help
+partitions, encoders, defences, tamperings; or: flowerbed simulate strategy=NAME --help
 """
 EXPERIMENT = "experiment"
 """The group of whole settings, which stores no name."""

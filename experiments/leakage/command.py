@@ -28,6 +28,9 @@ then:
   flowerbed attack runs/watched attack=gifd attack.prior=runs/prior/model.safetensors
   flowerbed attack runs/watched attack=ig attack.steps=8000 attack.tv=0.01 --grant labels
 
+docs/attacks.md says of every attack what it needs, what it returns and when it fails. Attacks that need a malicious
+server get one in the run itself: flowerbed simulate ... attack=trap, or tampering=NAME with observe.rounds.
+
 A matrix of attacks, defences and states of the model is one file (flowerbed.experiments.leakage.matrix says how):
   flowerbed attack matrix=leakage.yaml --out runs/leakage
 
@@ -75,6 +78,7 @@ def _attacked(
             grant=() if asked.grant is None else asked.grant.split(","),
             normalisation=asked.normalisation,
             device=asked.device,
+            lpips=[Path(name) for name in asked.lpips.split(",")] if asked.lpips else (),
             watch=watch,
         )
 
@@ -140,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how the client's batch norms ran: eval or train (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--lpips",
+        metavar="FILE,FILE",
+        help="measure LPIPS as well: torchvision's AlexNet weights, and the heads of the package lpips",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/attacks/NAME)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

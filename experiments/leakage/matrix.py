@@ -207,6 +207,9 @@ def _cell(
         adaptive=knows == ADAPTIVE,
         normalisation=plan.normalisation,
     )
+    require(
+        not made.vocabulary, "A matrix compares PSNR, so it is for images; attack text with flowerbed attack."
+    )
     report.write(made, folder, options)
     rounds = max(1, int(summary["rounds"]))
     final = next((v for k, v in summary.items() if k.startswith("mean_of_last")), None) or {}

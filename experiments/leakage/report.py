@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import save
 
+from flowerbed.experiments.leakage import text_scoring
 from flowerbed.experiments.leakage.attacking import Attacked, Victim
 from flowerbed.experiments.leakage.scoring import Summary
 from flowerbed.experiments.run_directory import git_commit, versions
@@ -25,14 +26,20 @@ ACROSS = 8
 
 
 def write(made: Attacked, folder: Path, options: Mapping[str, Any]) -> list[Path]:
-    """Write attack.json, attack.md, gallery.png and reconstructions.safetensors into ``folder``; return the files."""
+    """Write attack.json, attack.md, a gallery and reconstructions.safetensors into ``folder``; return the files.
+
+    The gallery is a picture, gallery.png, or of text gallery.txt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [
-        folder / name for name in ("attack.json", "attack.md", "gallery.png", "reconstructions.safetensors")
-    ]
+    shown = "gallery.txt" if made.vocabulary else "gallery.png"
+    files = [folder / name for name in ("attack.json", "attack.md", shown, "reconstructions.safetensors")]
     atomic_write(files[0], (json.dumps(plain(made, options), indent=1) + "\n").encode())
     atomic_write(files[1], markdown(made).encode())
-    gallery(made).savefig(files[2])
+    if made.vocabulary:
+        texts = [text_scoring.pairs(v.found, v.truth, v.score.order, made.vocabulary) for v in made.victims]
+        atomic_write(files[2], "\n".join(texts).encode())
+    else:
+        gallery(made).savefig(files[2])
     tensors = {
         f"{kind}-round-{v.observation.round}-client-{v.observation.client}": value.contiguous()
         for v in made.victims

@@ -30,19 +30,38 @@ class Steps:
     first: int = 0
     """Clock of the first one."""
     rounds: int = 1
+    apart: bool = False
+    """Whether every epoch has samples of its own in the candidate, one epoch after another, since the order in which a
+    later one went through them is the client's secret. Else later epochs repeat the first."""
 
     @property
     def plain(self) -> bool:
         """Whether it is a single step, whose gradient says everything."""
         return self.count == 1
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the samples, the last of which may be cut short."""
+        return -(-self.count // len(self.sizes))
+
     def batches(self) -> list[slice]:
-        """Return the rows of every step. Later epochs repeat the first one: their order is the client's secret."""
+        """Return the candidate's rows of every step."""
         ends = [0]
-        for size in self.sizes:
+        for size in self.sizes * (self.epochs if self.apart else 1):
             ends.append(ends[-1] + size)
         slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
         return [slices[step % len(slices)] for step in range(self.count)]
+
+    def weights(self) -> list[float]:
+        """Return how much every step's gradient moves the parameters: learning rates, added up over momentum."""
+        rates = [self.local.lr_at(self.first + place, self.count, self.rounds) for place in range(self.count)]
+        m, found = self.local.momentum, []
+        for place in range(self.count):
+            later = [
+                rate * m ** (i + (1 if self.local.nesterov else 0)) for i, rate in enumerate(rates[place:])
+            ]
+            found.append(sum(later) + (rates[place] if self.local.nesterov else 0.0))
+        return found
 
 
 def gradient(
@@ -55,7 +74,7 @@ def gradient(
 ) -> tuple[Gradient, Layers]:
     """Return the gradient of the mean cross entropy, and what went into the ``watched`` layers.
 
-    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``.
+    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``; of token models ``(B, L)`` or ``(B, L, V)``.
     """
 
     def loss(moving: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -66,6 +85,8 @@ def gradient(
         finally:
             for handle in handles:
                 handle.remove()
+        if outputs.ndim == 3:
+            return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1)), seen
         return F.cross_entropy(outputs, targets), seen
 
     found, seen = grad(loss, has_aux=True)(dict(parameters))

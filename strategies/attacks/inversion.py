@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,8 +40,9 @@ from flowerbed.strategies.attacks.observation import (
     gradient_of,
     why_inexact,
 )
-from flowerbed.strategies.attacks.priors import BatchStatistics
+from flowerbed.strategies.attacks.priors import BatchStatistics, SameSamples
 from flowerbed.strategies.attacks.spaces import Pixels, Rows, Space
+from flowerbed.strategies.attacks.text import TextSpace, bag
 
 IMITATIONS = ("none", "mask", "sign")
 
@@ -58,6 +59,9 @@ class Inversion:
     statistics: BatchStatistics | None = None
     group: float = 0.0
     """Weight of the distance of restarts from their mean."""
+    order: SameSamples | None = None
+    """Where clients made several epochs: every epoch has samples of its own, tied by this term, and what is reported is
+    the mean over epochs of samples that belong together. None: later epochs repeat the first."""
     descents: tuple[Descent, ...] = (Descent(),)
     """One for each stage of the space; the last one goes on for those that follow."""
     rule: str = "count"
@@ -120,8 +124,10 @@ class Inversion:
         """Return the best of all stages and restarts for each victim."""
         started, first = time.perf_counter(), victims[0]
         model = first.observation.model
+        epochs = first.steps.epochs if first.steps.apart else 1
+        size = epochs * len(first.labels)
         rows = Rows(
-            len(victims), self.restarts, len(first.labels), model.input_shape, model.num_classes, first.side.scale, seed
+            len(victims), self.restarts, size, model.input_shape, model.num_classes, first.side.scale, seed
         )  # fmt: skip
         costs = Costs(
             self._terms(),
@@ -129,7 +135,7 @@ class Inversion:
             first.module,
             [victim.module.state_dict() for victim in victims],
             [victim.sent for victim in victims],
-            [victim.labels for victim in victims],
+            [torch.cat([victim.labels] * epochs) for victim in victims],
             first.steps,
             batch_statistics=first.side.normalisation == "train",
             chunk=self.chunk,
@@ -137,9 +143,11 @@ class Inversion:
         )
         best = torch.full((rows.count,), math.inf)
         images: Tensor | None = None
-        labels = costs.labels.clone()
+        labels = costs.labels
         curves: list[list[float]] = [[] for _ in range(rows.count)]
         space: Space = self.space
+        if isinstance(space, TextSpace):
+            space = space.told(first.side, model)
         variables = {n: v.to(costs.device) for n, v in space.open(rows).items()}
         stage = 0
         while True:
@@ -148,8 +156,11 @@ class Inversion:
                 curves, descend(descent, costs, space, variables, seed, watch), strict=True
             ):
                 curve.extend(more)
+            if isinstance(space, TextSpace):
+                space.moved(variables, costs, seed, stage)
             x, found, distances = costs.judged(space, variables)
-            images = x if images is None else images
+            if images is None:
+                images, labels = x.clone(), found.clone()
             better = (distances < best) & ~(best <= self.floor)
             if self.last_stage:
                 better[:] = True
@@ -168,8 +179,8 @@ class Inversion:
             spent = costs.evaluations // len(victims)
             results.append(
                 Reconstruction(
-                    images[row].cpu(),
-                    labels[row].cpu(),
+                    merged(images[row].cpu(), epochs),
+                    labels[row].cpu()[: size // epochs],
                     float(best[row]),
                     spent,
                     seconds,
@@ -182,7 +193,13 @@ class Inversion:
     def _terms(self) -> Terms:
         objective = OBJECTIVES.get(self.objective)
         return Terms(
-            objective, self.objective_scale, self.priors, self.statistics, self.group, self.imitation
+            objective,
+            self.objective_scale,
+            self.priors,
+            self.statistics,
+            self.group,
+            self.imitation,
+            self.order,
         )
 
 
@@ -208,20 +225,29 @@ class _Victim:
     def of(cls, observation: Observation, side: SideInfo, attack: Inversion, seed: int) -> _Victim:
         module, size = observation.module(), batch_size(observation, side)
         steps = steps_of(observation, side, size)
+        if attack.order is not None and steps.epochs > 1:
+            steps = replace(steps, apart=True)
         if steps.plain:
             gradient = sent = gradient_of(observation, side)
         else:
             sent = moved_back(observation)
-            # The mean gradient on the way, as far as labels are concerned.
-            gradient = {n: v / (steps.local.lr * steps.count) for n, v in sent.items()}
-        if side.labels is not None:
+            gradient = mean_gradient(observation, sent, steps)
+        if isinstance(attack.space, TextSpace):
+            labels = bag(observation, gradient, size, side, seed)
+        elif side.labels is not None:
             labels = side.labels
             require(len(labels) == size, f"{len(labels)} labels were given for a batch of {size}.")
         elif attack.joint:
             labels = torch.zeros(size, dtype=torch.int64)
         else:
             x = label_rules.dummies(observation.model.input_shape, side, seed)
-            labels = label_rules.restore(attack.rule, label_rules.last_layer(module, gradient, size, x))
+            last = label_rules.last_layer(module, gradient, size, x)
+            if not steps.plain:
+                after = observation.model.build(0)
+                after.load_state_dict({**observation.sent, **observation.returned})
+                share = (steps.count - 1) / (2 * steps.count)
+                last = label_rules.between(last, label_rules.last_layer(after, gradient, size, x), share)
+            labels = label_rules.restore(attack.rule, last)
             if not steps.plain:
                 labels = dealt(labels, len(steps.sizes))
         return cls(observation, side, module, sent, steps, labels)
@@ -262,6 +288,35 @@ def moved_back(observation: Observation) -> Gradient:
     if not any(bool(value.any()) for value in found.values()):
         raise ConfigError(f"The update of client {observation.client} is 0 everywhere; it tells nothing.")
     return found
+
+
+def mean_gradient(observation: Observation, moved: Gradient, steps: Steps) -> Gradient:
+    """Return the mean gradient over the local steps, as they count in the update ``moved`` (``w_t - w_k``)."""
+    total = sum(steps.weights())
+    decay = steps.local.weight_decay
+    found = {}
+    for name, value in moved.items():
+        middle = (observation.sent[name] + observation.returned[name]) / 2
+        found[name] = value / total - decay * middle
+    return found
+
+
+def merged(x: Tensor, epochs: int) -> Tensor:
+    """Return ``(N, ...)`` from ``(epochs * N, ...)``: every sample of the first epoch, averaged with its partners.
+
+    Partners are those of a one-to-one assignment of least squared error, epoch by epoch.
+    """
+    if epochs == 1:
+        return x
+    from scipy.optimize import linear_sum_assignment
+
+    first, *others = x.chunk(epochs)
+    total = first.clone()
+    for other in others:
+        gaps = torch.cdist(first.flatten(1).double(), other.flatten(1).double()).square()
+        _, columns = linear_sum_assignment(gaps.nan_to_num(nan=1e9).numpy())
+        total += other[torch.from_numpy(columns)]
+    return total / epochs
 
 
 def dealt(labels: Tensor, batches: int) -> Tensor:
