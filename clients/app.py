@@ -110,6 +110,8 @@ class ClientSpec:
         for transform in self.transforms:
             if type(transform).reply is not ClientTransform.reply:
                 return f"{type(transform).__name__} changes replies one by one"
+            if type(transform).begin is not ClientTransform.begin:
+                return f"{type(transform).__name__} changes the steps of one client at a time"
         return refusal(self.half, self.local)
 
     def loads(self, clients: Sequence[int]) -> Sequence[float]:
@@ -321,6 +323,8 @@ class Worker:
 
     def _trained(self, local: LocalRound) -> tuple[Reply, Mapping[str, Metric]]:
         """Let a client train; return what it sends, and the metrics that are ours."""
+        for transform in self.spec.transforms:
+            transform.begin(local)
         reply = self.spec.half.run(local)
         for transform in self.spec.transforms:
             reply = transform.reply(local, reply)

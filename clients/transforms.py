@@ -41,6 +41,9 @@ class ClientTransform:
         """Return the training data that the client uses."""
         return data
 
+    def begin(self, local: LocalRound) -> None:
+        """Prepare a training round before the algorithm's: set the optional functions of ``local``."""
+
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         """Return what the client sends; memory across rounds belongs in ``local.state``."""
         return reply

@@ -62,6 +62,9 @@ class Last:
     """O: the mean sum of the layer's inputs on them."""
     layer: nn.Linear
     """As it was sent."""
+    smoothing: float = 0.0
+    """The share of every label that all classes divide between them, as far as the attacker knows; ``count`` takes it
+    off."""
 
     @property
     def sums(self) -> Tensor:
@@ -202,7 +205,9 @@ def ilrg(last: Last) -> Tensor:
 def count(last: Last) -> Tensor:
     """Return B labels whose counts are the most likely ones given p, from db if there is a bias, else from S / O."""
     difference = last.bias if last.bias is not None else last.sums / last.total
-    counts = last.batch * (last.probabilities - difference)
+    found = last.batch * (last.probabilities - difference)
+    # What is found are sums of softened labels, (1 - s) n_c + s B / C.
+    counts = (found - last.smoothing * last.batch / len(found)) / (1 - last.smoothing)
     return rounded(counts, last.batch)
 
 

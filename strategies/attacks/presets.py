@@ -142,6 +142,8 @@ WITHOUT_SEARCH = frozenset({"readout", "imprint", "trap", "rgap", "positions"})
 """Attacks that have no candidates, hence nothing to repeat a defence on."""
 TEXT = frozenset({"lamp", "positions"})
 """Attacks on language models; all others are on images."""
+GENERATIVE = {"latent": "cosine", "ggl": "means", "gias": "cosine", "gifd": "cosine"}
+"""Attacks that search inside a generator, with their objective."""
 STAGED = frozenset({"gias", "gifd"})
 """Attacks of several stages, which an expected distance ends."""
 IMAGES = (TotalVariation(1e-4), Norm(1e-6))
