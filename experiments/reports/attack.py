@@ -189,8 +189,8 @@ def _closeness(summary: Mapping[str, Mapping[str, Any]], victims: Sequence[Mappi
     chart = charts.dots(
         "PSNR of each update",
         rows,
-        "Mean over the samples of an update, and each sample; the dashed lines are null models, which use no gradient: "
-        "an attack that does not pass them shows nothing."
+        "Mean over the samples of an update, and each sample; the dashed line is the class mean, which uses no "
+        "gradient: what does not pass it shows nothing."
         + (f" The first 60 of {len(victims)} updates." if len(victims) > 60 else ""),
         x="PSNR in dB, more is closer",
         one_colour=True,
@@ -329,7 +329,7 @@ def matrix_part(directory: Path) -> Part:
         f"{counted(len(rounds), 'round')}"
     )
     return Part(
-        MATRIX, f"Matrix {directory.resolve().name}", subtitle, [s for s in sections if cells], missing
+        MATRIX, f"Attacks in {directory.resolve().name}", subtitle, [s for s in sections if cells], missing
     )
 
 
@@ -448,7 +448,7 @@ def _utilities(
                 drawn,
                 "PSNR of the worst attack on each defence, with its 95 % interval, over the accuracy that the defended "
                 "run reached; strengths of one defence are joined. Further down and right is better; below the dashed "
-                "line an attack shows nothing.",
+                "line, which needs no gradient, an attack shows nothing.",
                 x="accuracy of the run",
                 y="PSNR of the worst attack, dB",
                 percent_x=True,
@@ -521,8 +521,8 @@ def _cell_table(cells: Sequence[Mapping[str, Any]]) -> list[Block]:
                Cell(str(c["knows"]), str(c["knows"]))]  # fmt: skip
         for name in shown:
             value = c["summary"].get(name) or {}
-            ends = [finite(value.get(key)) for key in ("mean", "low", "high")]
-            row.append(Cell(interval(*ends), ends[0]))
+            mean, low, high = (finite(value.get(key)) for key in ("mean", "low", "high"))
+            row.append(Cell(interval(mean, low, high), mean))
         row.append(
             Cell("–" if gap is None else f"{gap:+.1f}", gap, "" if gap is None else BAD if gap > 0 else GOOD)
         )

@@ -387,7 +387,7 @@ def dots(
                 }
             traces.append(trace)
     layout = base_layout(x, "", percent_x=percent)
-    layout["yaxis"] |= category_ticks([r.label for r in rows], most=60) | {
+    layout["yaxis"] |= category_ticks([r.label for r in rows], most=60, longest=44) | {
         "range": [len(rows) - 0.4, -0.6],
         "gridcolor": "@grid",
         "zeroline": False,
@@ -467,8 +467,8 @@ def scatter(
                 "showlegend": len(families) > 1,
                 "x": [p.x for p in points],
                 "y": [p.y for p in points],
-                "text": [escaped(short(p.label, 20)) for p in points],
-                "textposition": "top center",
+                "text": [f"  {escaped(short(p.label, 20))}" for p in points],
+                "textposition": "middle right",
                 "textfont": {"size": 11, "color": "@ink"},
                 "cliponaxis": False,
                 "marker": {"size": 10, "color": colour, "symbol": symbol},
@@ -492,8 +492,13 @@ def scatter(
             rows.append([Cell(p.label, p.label), *(Cell(text, value) for text, value in cells)])
     layout = base_layout(x, y, percent_x=percent_x)
     layout["hovermode"] = "closest"
-    layout["yaxis"]["rangemode"] = "normal"
-    draw_rules(layout, rules or {}, False)
+    xs = [p.x for f in families for p in f.points]
+    reach = max(xs) - min(xs) or abs(max(xs)) or 1.0
+    # The names stand to the right of their points.
+    layout["xaxis"]["range"] = [min(xs) - 0.08 * reach, max(xs) + 0.3 * reach]
+    draw_rules(layout, rules or {}, False, named=False)
+    drawn = ", ".join(f"{name} {number(value)}" for name, value in (rules or {}).items())
+    summary += f" Dashed: {drawn}." if drawn else ""
     heads = [Column(""), Column(x, True), Column(y, True), Column("low", True), Column("high", True)]
     data = Table(f"{title}: the numbers", heads, rows[:MOST_DATA_ROWS], filtered=False)
     return Chart(title, summary, {"data": traces, "layout": layout}, height, wide, data)
@@ -615,7 +620,7 @@ def parallel(
     ]
     layout["annotations"] = [
         {"x": k, "y": place, "text": escaped(short(text, 16)), "showarrow": False, "xanchor": "right",
-         "xshift": -6, "font": {"size": 11, "color": "@muted"}}
+         "bgcolor": "@surface/85", "xshift": -6, "font": {"size": 11, "color": "@muted"}}
         for k, axis in enumerate(axes)
         for place, text in axis.ticks.items()
     ]  # fmt: skip
@@ -650,9 +655,13 @@ def base_layout(x: str, y: str, *, percent: bool = False, percent_x: bool = Fals
 
 
 def draw_rules(
-    layout: dict[str, Any], rules: Mapping[str, float], percent: bool, upright: bool = False
+    layout: dict[str, Any],
+    rules: Mapping[str, float],
+    percent: bool,
+    upright: bool = False,
+    named: bool = True,
 ) -> None:
-    """Draw a dashed line with its name for each of ``rules``."""
+    """Draw a dashed line for each of ``rules``, with its name unless that would stand among points."""
     known = {name: value for name, value in rules.items() if finite(value) is not None}
     along, across = ("x", "y") if upright else ("y", "x")
     layout.setdefault("shapes", [])
@@ -664,11 +673,13 @@ def draw_rules(
             {"type": "line", f"{across}ref": "paper", f"{across}0": 0, f"{across}1": 1,
              f"{along}0": value, f"{along}1": value, "line": line, "layer": "below"},
         ]  # fmt: skip
+        if not named:
+            continue
         text = f"{name} {number(value, percent)}"
         where = (
             {"x": value, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "center"}
             if upright
-            else {"x": 1, "xref": "paper", "y": value, "yanchor": "bottom", "xanchor": "right"}
+            else {"x": 0, "xref": "paper", "y": value, "yanchor": "top", "xanchor": "left"}
         )
         layout["annotations"] = [
             *layout["annotations"],
@@ -678,13 +689,13 @@ def draw_rules(
         layout["margin"] = {**layout["margin"], "t": 26}
 
 
-def category_ticks(labels: Sequence[str], most: int = 24) -> dict[str, Any]:
+def category_ticks(labels: Sequence[str], most: int = 24, longest: int = LONG_LABEL) -> dict[str, Any]:
     """Return an axis' ticks for categories, not more than can be read."""
     step = -(-len(labels) // most)
     # Round steps are easier to count on.
     step = next((s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if s >= step), step)
     places = list(range(0, len(labels), step))
-    return {"tickvals": places, "ticktext": [escaped(short(str(labels[i]))) for i in places]}
+    return {"tickvals": places, "ticktext": [escaped(short(str(labels[i]), longest)) for i in places]}
 
 
 def short(text: str, most: int = LONG_LABEL) -> str:

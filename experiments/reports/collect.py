@@ -127,7 +127,12 @@ def is_run(path: Path) -> bool:
 def runs_below(path: Path, depth: int = DEPTH) -> list[Path]:
     """Return the directories of runs below a folder, by name; runs inside of runs are not looked for."""
     found: list[Path] = []
-    for child in sorted(path.iterdir(), key=_natural) if depth and path.is_dir() else ():
+    try:
+        children = sorted(path.iterdir(), key=_natural) if depth else []
+    except OSError:
+        # A folder that may not be looked into holds no run of ours.
+        return []
+    for child in children:
         if child.is_dir() and not child.is_symlink():
             found += [child] if is_run(child) else runs_below(child, depth - 1)
     return found

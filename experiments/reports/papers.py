@@ -257,8 +257,8 @@ def _arms(record: Mapping[str, Any]) -> list[Block]:
             broken = [s for s in statuses if s in ("failed", "diverged")]
             said = f"{len(broken)} of {len(statuses)} {broken[0]}" if broken else ""
             values = [v for x in figures.get("values", ()) if (v := finite(x)) is not None]
-            ends = [finite(figures.get(key)) for key in ("mean", "low", "high")]
-            rows.append(Dot(arm, *ends, values=values, slot=slot, said=said))
+            mean, low, high = (finite(figures.get(key)) for key in ("mean", "low", "high"))
+            rows.append(Dot(arm, mean, low, high, values, slot, said))
         blocks.append(
             charts.dots(
                 f"{heading(name)} by arm",

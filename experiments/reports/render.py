@@ -100,9 +100,16 @@ def figure_json(chart: Chart) -> str:
 
 def filter_hint(table: Table) -> str:
     """Return an example of a filter of this table."""
-    numeric = next((c.name for c in table.columns if c.numeric and c.name), None)
-    quoted = f'"{numeric}>0.9"' if numeric and " " in numeric else f"{numeric}>0.9"
-    return f"words, or {quoted}" if numeric else "words"
+    for place, column in enumerate(table.columns):
+        known = sorted(
+            v
+            for row in table.rows
+            if isinstance(v := row[place].sort, float) and math.isfinite(v) and v != int(v)
+        )
+        if column.numeric and known:
+            example = f"{column.name}>{known[len(known) // 2]:.2g}"
+            return f'words, or "{example}"' if " " in example else f"words, or {example}"
+    return "words"
 
 
 def mark(cell: Cell) -> Any:

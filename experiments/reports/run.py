@@ -229,6 +229,8 @@ def _told(name: str, series: Sequence[Series]) -> str:
                 f"{number(last[1], is_share(name))} (round {number(last[0])})"
             )
     bands = "; ".join(s.band for s in series if s.band)
+    if [s.name for s in series] == [name]:
+        return f"{said[0].removeprefix(name).strip().capitalize()}." if said else ""
     return f"{name.capitalize()} by round: {'; '.join(said)}." + (f" Band: {bands}." if bands else "")
 
 
@@ -452,13 +454,13 @@ def _client_chart(run: RunFiles, records: Sequence[Record], name: str) -> Block 
         f"{name.capitalize()} by client",
         z,
         [str(r.round) for r in kept],
-        [str(k) for k in clients],
+        [str(i + 1) for i in range(len(clients))] if crowded else [str(k) for k in clients],
         f"Each client's own test data by round, the best at the end on top: client {best} "
         f"({number(finite(float(z[0, -1])), True)}) to client {worst} ({number(finite(float(z[-1, -1])), True)})."
         + (" Neighbours in this order are put together." if crowded else "")
         + " Empty: not evaluated.",
         x="round",
-        y="client",
+        y="clients in order" if crowded else "client",
         value=name,
         percent=True,
         low=0,
@@ -491,11 +493,11 @@ def _partition(run: RunFiles) -> list[Block]:
             "Classes by client",
             shares if crowded else counts.astype(np.float64),
             names,
-            [str(k) for k in order],
+            [str(k + 1) for k in range(clients)] if crowded else [str(k) for k in order],
             about + (" Clients are ordered by their largest class; colour is the share of a client's samples."
                      if crowded else " Colour is the number of samples."),
             x="class",
-            y="client",
+            y="clients in order" if crowded else "client",
             value="share" if crowded else "samples",
             percent=crowded,
             low=0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,15 @@ def _counts(key: str) -> bool:
 
 
 def _label(differing: Mapping[str, Any]) -> str:
-    shown = [f"{k.removesuffix('.name')}={_text(value)}" for k, value in differing.items()]
+    shown = [f"{_short(k, differing)}={_text(value)}" for k, value in differing.items()]
     return ", ".join(shown) or "the only setting"
+
+
+def _short(key: str, others: Iterable[str]) -> str:
+    """Return the last part of a key where no other one ends alike: lr for local.lr."""
+    bare = key.removesuffix(".name")
+    last = bare.rpartition(".")[2]
+    return last if sum(k.removesuffix(".name").rpartition(".")[2] == last for k in others) == 1 else bare
 
 
 def _text(value: Any) -> str:

@@ -45,10 +45,8 @@ def number(value: Any, percent: bool = False) -> str:
 
 def cell(value: Any, percent: bool = False, tone: str = "") -> Cell:
     """Return a cell that is sorted by its number."""
-    known = finite(value)
-    sort: float | str | None = known if known is not None or isinstance(value, float) else value
-    if isinstance(sort, bool) or not isinstance(sort, int | float | str | None):
-        sort = str(sort)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    sort = finite(value) if numeric else None if value is None else str(value)
     return Cell(number(value, percent), sort, tone)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ def test_a_sweep_is_judged_by_the_rule(tmp_path: Path) -> None:
     assert rows["0.4"]["accuracy"] == "–"
     assert rows["0.4"]["ended"] == "1 of 2"
     best = blocks(part, Tiles)[0].tiles[0]
-    assert (best.label, best.value, best.detail) == ("best by rule: accuracy", "60.50 %", "local.lr=0.2")
+    assert (best.label, best.value, best.detail) == ("best by rule: accuracy", "60.50 %", "lr=0.2")
     assert any("Job 6 left no run: local.lr is -1" in text for text in part.missing)
     assert any("jobs.jsonl has a line 2" in text for text in part.missing)
     dots = chart(part, "Accuracy by setting")
@@ -430,3 +431,63 @@ def validated(part: Part) -> None:
     for found in blocks(part, Chart):
         plain = colours(json.loads(render.figure_json(found)))
         Figure(data=plain["data"], layout=plain["layout"])
+
+
+# Machado, Oliveira and Fernandes 2009, full severity, on linear RGB.
+DEFICIENCIES = {
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+    "none": np.eye(3).tolist(),
+}
+
+
+def linear(code: str) -> Any:
+    values = np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: Any) -> Any:
+    """Return CIELAB under D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ np.clip(rgb, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_are_told_apart_by_every_eye_and_stand_out(theme: str) -> None:
+    script = (render.ASSETS / "report.js").read_text()
+    block = re.search(rf"  {theme}: {{(.*?)\n  }},", script, re.DOTALL)
+    assert block is not None
+    found = dict(re.findall(r"(\w+): \"(#\w{6})\"", block[1]))
+    categories = [linear(found[str(i)]) for i in range(charts.COLOURS)]
+    for matrix in DEFICIENCIES.values():
+        seen = [lab(np.array(matrix) @ colour) for colour in categories]
+        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 14
+
+    def contrast(name: str) -> float:
+        one, two = (float(linear(found[n]) @ [0.2126, 0.7152, 0.0722]) for n in (name, "surface"))
+        return (max(one, two) + 0.05) / (min(one, two) + 0.05)
+
+    # WCAG 2.2: 4.5 for text, 3 for what a chart is made of.
+    assert min(contrast("ink"), contrast("muted"), contrast("bad")) >= 4.5
+    assert min(contrast(str(i)) for i in range(4)) >= 3
+    # The scales carry their order in lightness alone.
+    scale = re.search(r"sequence: \[(.*?)\]\]", block[1])
+    assert scale is not None
+    steps = [lab(linear(code))[0] for code in re.findall("#\\w{6}", scale[1])]
+    assert len(steps) == 5
+    assert steps in (sorted(steps), sorted(steps, reverse=True))

@@ -3,20 +3,21 @@
 const THEMES = {
   light: {
     none: "rgba(0,0,0,0)", ink: "#1a2027", muted: "#56606b", grid: "#e3e8ec", surface: "#ffffff", bad: "#a8281c",
-    0: "#0072b2", 1: "#d55e00", 2: "#009e73", 3: "#cc79a7", 4: "#56b4e9", 5: "#e69f00", 6: "#5a6570",
+    0: "#0072b2", 1: "#d55e00", 2: "#009e73", 3: "#cc79a7", 4: "#56b4e9", 5: "#e69f00", 6: "#555555",
     ramp0: "#9bb9d3", ramp1: "#79a3c8", ramp2: "#4f87b6", ramp3: "#24689f", ramp4: "#084a82",
     sequence: [[0, "#eff4f8"], [0.25, "#b9d3e8"], [0.5, "#73a9d2"], [0.75, "#2f78b3"], [1, "#083a6b"]],
     diverging: [[0, "#8a3b00"], [0.25, "#e0935a"], [0.5, "#f4f4f4"], [0.75, "#5fa3d3"], [1, "#08416f"]],
   },
   dark: {
     none: "rgba(0,0,0,0)", ink: "#e5eaee", muted: "#9daab6", grid: "#2c353d", surface: "#171d23", bad: "#ff9a8d",
-    0: "#56b4e9", 1: "#e8803a", 2: "#1fbf91", 3: "#dd93bb", 4: "#2f8fd0", 5: "#e6b13c", 6: "#a3afba",
+    0: "#56b4e9", 1: "#d55e00", 2: "#009e73", 3: "#cc79a7", 4: "#f0e442", 5: "#e69f00", 6: "#dfe5ea",
     ramp0: "#3f5870", ramp1: "#4a7396", ramp2: "#5590bd", ramp3: "#74b0dc", ramp4: "#b9e0fb",
     sequence: [[0, "#1b252e"], [0.25, "#1f4767"], [0.5, "#2f75a5"], [0.75, "#6bb0dc"], [1, "#d3ecfc"]],
     diverging: [[0, "#ffb47d"], [0.25, "#a35a22"], [0.5, "#20262c"], [0.75, "#2f75a5"], [1, "#a8d8f8"]],
   },
 };
 const PRINTED_WIDTH = { wide: 690, half: 335 };
+const PRINTED_HEIGHT = 250;
 const byId = (id) => document.getElementById(id);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const make = (tag, attributes = {}, text = "") => {
@@ -70,6 +71,9 @@ function draw(figure, name, width) {
   });
   layout.height = Number(figure.dataset.height);
   if (width) Object.assign(layout, { width, autosize: false });
+  // On paper only what has many rows is higher than a third of a page.
+  if (width && !layout.yaxis.tickvals) layout.height = Math.min(layout.height, PRINTED_HEIGHT);
+  plot.style.minHeight = `${layout.height}px`;
   // A finger that scrolls the page must not zoom a chart.
   layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
   const config = { displayModeBar: false, responsive: !width, showTips: false, doubleClick: "reset" };
