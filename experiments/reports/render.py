@@ -107,7 +107,8 @@ def filter_hint(table: Table) -> str:
             if isinstance(v := row[place].sort, float) and math.isfinite(v) and v != int(v)
         )
         if column.numeric and known:
-            example = f"{column.name}>{known[len(known) // 2]:.2g}"
+            middle = float(f"{known[len(known) // 2]:.2g}")
+            example = f"{column.name}>{middle:g}"
             return f'words, or "{example}"' if " " in example else f"words, or {example}"
     return "words"
 

@@ -442,6 +442,7 @@ def _mean_curve(s: Setting, name: str, place: int, count: int, slot: int, many: 
         high,
         "the range of the seeds" if banded else "",
         faint=faint,
+        dash="solid" if faint else "",
         colour=f"@ramp{shade}" if faint else "",
         row=s.key,
         points=not many,
