@@ -241,6 +241,14 @@ def test_colours_follow_the_switch_and_a_legend_answers_to_the_keyboard(
     page.keyboard.press("Space")
     assert "worst client" not in page.evaluate(visible)
     assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "false", "the focus stays"
+
+    # What is saved stands alone: title and legend are in it, and what was hidden is not.
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save Accuracy as a picture").click()
+    saved = Path(download.value.path()).read_text()
+    assert download.value.suggested_filename == "Accuracy.svg"
+    assert ">Accuracy</text>" in saved
+    assert "server's test set" in saved
     assert found.complaints == []
     page.context.close()
 
@@ -248,7 +256,7 @@ def test_colours_follow_the_switch_and_a_legend_answers_to_the_keyboard(
 def test_nothing_is_wider_than_a_phone_and_paper_gets_everything(
     reports: dict[str, Path], chromium: Any
 ) -> None:
-    for kind in ("run", "matrix", "papers"):
+    for kind in ("run", "papers"):
         page = opened(
             chromium, reports[kind], viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True
         ).page

@@ -58,17 +58,22 @@ function themed(value, palette, key = "") {
   return typeof value === "string" && /color/.test(key) && value.startsWith("@") ? colour(value, palette) : value;
 }
 
-function draw(figure, name, width) {
+// What is to be drawn: the figure in a theme's colours, without what the legend or a table's filter hides.
+function content(figure, name) {
   const spec = figure.spec ??= JSON.parse(figure.querySelector("script").textContent);
-  const plot = figure.querySelector(".plot");
-  const palette = THEMES[name];
-  const { data, layout } = themed({ data: spec.data, layout: spec.layout }, palette);
+  const { data, layout } = themed(spec, THEMES[name]);
   const off = figure.off ??= new Set();
   const rows = figure.rows;
   data.forEach((trace) => {
     const left = rows && trace.meta?.row && !rows.has(trace.meta.row);
     trace.visible = !left && !off.has(trace.legendgroup);
   });
+  return { data, layout };
+}
+
+function draw(figure, name, width) {
+  const plot = figure.querySelector(".plot");
+  const { data, layout } = content(figure, name);
   layout.height = Number(figure.dataset.height);
   if (width) Object.assign(layout, { width, autosize: false });
   // On paper only what has many rows is higher than a third of a page.
@@ -79,7 +84,7 @@ function draw(figure, name, width) {
   const config = { displayModeBar: false, responsive: !width, showTips: false, doubleClick: "reset" };
   const done = Plotly.react(plot, data, layout, config);
   figure.dataset.drawn = "";
-  legend(figure, palette);
+  legend(figure, THEMES[name]);
   return done;
 }
 
@@ -138,9 +143,13 @@ const watcher = new IntersectionObserver((entries) => {
 function prepareFigure(figure) {
   watcher.observe(figure);
   figure.querySelector("button.save")?.addEventListener("click", () => {
-    if (!("drawn" in figure.dataset)) return;
-    const filename = figure.querySelector("h4").textContent.trim().replace(/[^\w.]+/g, "-");
-    Plotly.downloadImage(figure.querySelector(".plot"), { format: "svg", filename, width: 900, height: 480 });
+    // Away from its page a chart brings its title, its legend and a white ground along.
+    const text = figure.querySelector("h4").textContent.trim();
+    const { data, layout } = content(figure, "light");
+    const margin = { ...layout.margin, t: 60 };
+    Object.assign(layout, { showlegend: true, paper_bgcolor: "#ffffff", title: { text, x: 0.02 }, margin });
+    const filename = text.replace(/[^\w.]+/g, "-");
+    Plotly.downloadImage({ data, layout }, { format: "svg", filename, width: 900, height: 500 });
   });
 }
 
