@@ -123,7 +123,8 @@ def sweep_part(directory: Path) -> Part:
     members += _never_started(directory, {m.name for m in members}, missing)
     if (directory / "runs").is_dir() and not (directory / JOBS).exists():
         missing.append(
-            "comparison.json is missing: the comparison is still going on, or was interrupted; there are no tests."
+            "Neither comparison.json nor matrix.json is there: it is still going on, or was interrupted; what is there "
+            "of its runs is shown as a sweep."
         )
     return runs_part(members, f"Sweep {directory.resolve().name}", str(directory), runs, missing)
 

@@ -312,6 +312,18 @@ def test_settings_that_differ_twice_are_drawn_as_parallel_coordinates(tmp_path: 
     assert found.follows == "settings"
 
 
+def test_an_interrupted_comparison_is_shown_as_a_sweep(tmp_path: Path) -> None:
+    written(tmp_path / "both" / "runs" / "fedavg-seed0", {1: 0.5})
+    written(
+        tmp_path / "both" / "runs" / "fedprox-seed0", {1: 0.6}, settings={"strategy": "fedprox"}, status=None
+    )
+    part = command.make_page([tmp_path / "both"]).parts[0]
+    assert part.kind == "sweep"
+    assert "Neither comparison.json nor matrix.json is there" in part.missing[0]
+    rows = {row["strategy.name"]: row for row in table(part, "Settings")}
+    assert (rows["fedavg"]["ended"], rows["fedprox"]["ended"]) == ("1 of 1", "0 of 1")
+
+
 def test_several_runs_are_compared_and_then_shown_one_by_one(tmp_path: Path) -> None:
     runs = [written(tmp_path / name, {1: 0.5}, seed=seed) for seed, name in enumerate("ab")]
     page = command.make_page(runs)
