@@ -27,11 +27,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.simulation: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,report]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,privacy,attacks,export,sweeps,docs,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,report,privacy,attacks,export,sweeps,docs,dev]"
 	touch $@
 
 clean:

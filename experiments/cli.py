@@ -33,6 +33,7 @@ examples:
   flowerbed deploy init fed --address HOST          a federation of real devices, see flowerbed deploy --help
   flowerbed papers                                  every paper, and what its record says
   flowerbed export runs/cifar --format onnx         the trained model for other programs, with a model card
+  flowerbed report runs/cifar                       one HTML file to look at, also for sweeps, attacks and papers
 
 FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where an error comes from.
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
@@ -103,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flowerbed.experiments.watch import command as watch
 
             return watch.main(arguments[1:], as_json)
+        if arguments[:1] == ["report"]:
+            from flowerbed.experiments.reports import command as report
+
+            return report.main(arguments[1:], as_json)
         return _dispatch(_parser().parse_args(arguments), as_json)
     except FlowerbedError as error:
         from flowerbed.experiments.failure import describe, exit_code
@@ -190,6 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("sync", add_help=False, help="send what was tracked offline to wandb: sync DIR ...")
     commands.add_parser(
         "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
+    )
+    commands.add_parser(
+        "report",
+        add_help=False,
+        help="write runs, sweeps, attacks or papers as one HTML file: report DIR ...",
     )
     commands.add_parser(
         "bench",

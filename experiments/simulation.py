@@ -91,6 +91,7 @@ def _run_in(
     result: RunResult | None = None
     error: BaseException | None = None
     log = MetricsLog(directory / "metrics.jsonl")
+    run_directory.write_partition(directory, parts)
     flops = metrics.step_flops(parts.spec.model, parts.dataset, parts.simulation.local, parts.train.sizes)
     tracker = tracking.open_tracker(parts.simulation, directory)
     try:

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flowerbed import messages
 from flowerbed.errors import CheckpointError, ConfigError, DivergedError, RunError
 from flowerbed.pooling import Pooled
+from flowerbed.server.by_client import by_client
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, EarlyStop, MetricsLog, Record
 from flowerbed.server.checkpoint import Checkpoint, Checkpoints
 from flowerbed.server.devices import DeviceLink
@@ -285,7 +286,14 @@ class Federation:
         if asked:
             answers = self._ask(asked, server_round, CLIENTS)
             metrics = self.strategy.aggregate_evaluate(server_round, answers.usable)
-            self._record(answers.record(self._derived(_plain(metrics))))
+            self._record(
+                answers.record({**self._derived(_plain(metrics)), **self._by_client(answers.usable)})
+            )
+
+    def _by_client(self, replies: Sequence[Message]) -> dict[str, Any]:
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        numbers = self._numbers(nodes)
+        return by_client([numbers[node] for node in nodes], [messages.metrics(r.content) for r in replies])
 
     def _evaluate_server(self, server_round: int) -> None:
         if self.evaluator is None or not self.strategy.whole:
