@@ -22,7 +22,7 @@ from flowerbed.clients.data import ClientData, ViewCache
 from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import EARLIER, MODEL, Clock, LocalRound, Metric, Reply
+from flowerbed.clients.local_round import EARLIER, MODEL, WORK, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, ClientStore
 from flowerbed.clients.transforms import ClientTransform, Request
@@ -145,6 +145,7 @@ class Sent:
     version: int
     phase: str
     time_limit: float
+    work: float = 1.0
 
     @classmethod
     def of(cls, content: RecordDict) -> Sent:
@@ -158,6 +159,7 @@ class Sent:
             round_ + int(_number(config, EARLIER, 0)),
             str(config.get("phase", "train")),
             _number(config, "time-limit", 0.0),
+            _number(config, WORK, 1.0),
         )
 
 
@@ -211,7 +213,9 @@ class Worker:
     @cached_property
     def stateful(self) -> bool:
         """Whether clients keep anything from one round to the next."""
-        return self.spec.half.stateful or bool(self.private) or self.spec.local.persist
+        spec = self.spec
+        kept = spec.half.stateful or spec.local.persist or any(t.stateful for t in spec.transforms)
+        return kept or bool(self.private)
 
     @cached_property
     def lent(self) -> Mapping[str, Tensor] | None:
@@ -236,6 +240,9 @@ class Worker:
         if sent.time_limit:
             # The clock of a client starts when it is opened, and clients that are together are opened at once.
             self._warn(TIME_LIMIT)
+            return partial(self._run_in_turn, sent)
+        if sent.work != 1.0:
+            self._warn("clients make a part of their steps")
             return partial(self._run_in_turn, sent)
         if agreed is not None and self._engine is None:
             self._engine = self._make_engine(agreed)
@@ -354,7 +361,7 @@ class Worker:
         return LocalRound(
             client=client,
             seed=self.spec.seed,
-            clock=Clock(sent.round, self.spec.rounds, steps),
+            clock=Clock(sent.round, self.spec.rounds, steps, sent.work),
             phase=sent.phase,
             config=sent.config,
             received=sent.received,

@@ -124,6 +124,10 @@ class Prune(Defence):
     def __post_init__(self) -> None:
         require(0 < self.keep <= 1, f"defence.keep is {self.keep}; give a share above 0, at most 1.")
 
+    @property
+    def stateful(self) -> bool:
+        return self.feedback
+
     def changed(self, update: Update, local: LocalRound) -> Update:
         owed = local.state.get(RESIDUAL, {}) if self.feedback else {}
         whole = {

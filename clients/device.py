@@ -319,8 +319,8 @@ def hello(config: DeviceConfig, client: int, expected: Expectations | None) -> R
     if expected is not None:
         dataset = own_dataset(config, expected)
         known |= {WEIGHT: len(dataset.train), "test-examples": len(dataset.test)}
-    versions = {"flowerbed": flowerbed.__version__, "torch": torch.__version__}
-    return RecordDict({METRICS: MetricRecord(known), "versions": ConfigRecord(versions)})
+    versions = ConfigRecord({"flowerbed": flowerbed.__version__, "torch": torch.__version__})
+    return RecordDict({METRICS: MetricRecord(known), "versions": versions})
 
 
 def check(config_path: str | os.PathLike[str], expectations: Expectations | str) -> Report:
@@ -428,7 +428,8 @@ def _trial(config: DeviceConfig, dataset: Dataset, spec: ModelSpec, simulation: 
     try:
         outputs = model(x)
         if dataset.task != "measured":
-            task_for(dataset.task, dataset.num_classes).mean_loss(outputs, y).backward()
+            loss = task_for(dataset.task, dataset.num_classes).mean_loss(outputs, y)
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except Exception as error:
         raise ClientError(
             f"the model '{spec.name}' cannot be trained on this device's first batch of {len(y)} samples "

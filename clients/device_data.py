@@ -306,7 +306,8 @@ def load_data(kind: str, options: Mapping[str, Any], folder: Path, form: DataFor
         raise DataError(
             f"The data of kind '{kind}' ({dict(options)}) cannot be read: {type(error).__name__}: {error}."
         ) from error
-    if not isinstance(splits, DeviceSplits):
+    # A user's class is not checked by anybody else.
+    if not isinstance(splits, DeviceSplits):  # type: ignore[unreachable, unused-ignore]
         raise DataError(f"{kind}.load returned {type(splits).__name__}; it must return DeviceSplits.")
     train, test, validation = splits.train, splits.test, splits.validation
     dataset = form.dataset(_marked(train), _marked(test), None if validation is None else _marked(validation))
@@ -320,7 +321,7 @@ def save_npz(path: Path, dataset: Dataset, train: npt.ArrayLike, test: npt.Array
 
     With a client's indices it gives a device exactly what that client has in a simulation.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: dict[str, Any] = {}
     for part, split, chosen in (("train", dataset.train, train), ("test", dataset.test, test)):
         rows = torch.from_numpy(np.array(chosen, dtype=np.int64))
         arrays[f"x_{part}"] = split.inputs[rows].numpy()

@@ -25,6 +25,8 @@ Extras = Mapping[str, Any]
 """What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
 Metric = int | float | list[int] | list[float]
 
+WORK = "work"
+"""Setting of a message: the share of a round's steps that the client makes; everything where it is missing."""
 EARLIER = "earlier-rounds"
 """Setting of a message: rounds of the run before the first that ``server-round`` counts (a statistics phase)."""
 MODEL = "arrays"
@@ -38,7 +40,9 @@ class Clock:
     round: int
     rounds: int
     steps: int
-    """Optimizer steps of one round."""
+    """Optimizer steps of one round, by which the clock counts."""
+    work: float = 1.0
+    """Share of them that the client makes, at least one: a weak device does the first part of its round."""
 
     @property
     def first_step(self) -> int:
@@ -46,9 +50,14 @@ class Clock:
         return (self.round - 1) * self.steps
 
     @property
+    def made(self) -> int:
+        """The optimizer steps that the client makes in this round."""
+        return self.steps if self.work == 1.0 else min(self.steps, max(1, round(self.work * self.steps)))
+
+    @property
     def all_steps(self) -> range:
-        """The clock of every step of this round."""
-        return range(self.first_step, self.first_step + self.steps)
+        """The clock of every step that is made in this round."""
+        return range(self.first_step, self.first_step + self.made)
 
 
 @dataclass

@@ -30,6 +30,11 @@ class Request:
 class ClientTransform:
     """Base of client transforms; every method may be left as it is. Picklable, without state of its own."""
 
+    @property
+    def stateful(self) -> bool:
+        """Whether it keeps anything in ``LocalRound.state`` from one round to the next."""
+        return False
+
     def data(self, client: int, data: ClientData) -> ClientData:
         """Return the training data that the client uses."""
         return data

@@ -50,7 +50,7 @@ class DataForm:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DataForm:
         """Read what ``plain`` returned, also after a journey as JSON."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         return cls(**values)
 
     def plain(self) -> dict[str, Any]:

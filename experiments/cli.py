@@ -36,7 +36,7 @@ FLOWERBED_DATA names a folder with data sets, FLOWERBED_TRACEBACK=1 shows where 
 Exit codes: 0 success, 1 a run failed, 2 it could not start as asked, 130 interrupted.
 """
 LISTS = ("models", "strategies", "datasets", "partitions", "encoders", "defences")
-BENCHMARKS = ("overhead", "speed", "scale")
+BENCHMARKS = ("overhead", "speed", "scale", "fleet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "completion", add_help=False, help="teach a shell to complete flowerbed: completion bash|zsh|fish"
     )
-    commands.add_parser("bench", add_help=False, help="run a benchmark: bench overhead|speed|scale [--help]")
+    commands.add_parser(
+        "bench", add_help=False, help="run a benchmark: bench overhead|speed|scale|fleet [--help]"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, with any command")
     return parser
 

@@ -13,6 +13,7 @@ from flowerbed.clients.cohort_params import CohortOptions
 from flowerbed.clients.params import ENDS_WITH_THE_RUN, LocalParams
 from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams, SecureParams
 from flowerbed.errors import ConfigError, require, unknown_name
+from flowerbed.server.device_params import NONE, DeviceParams
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 
 # What a run is, as opposed to where and how it is computed: these sections alone decide the final model.
@@ -31,6 +32,7 @@ IDENTITY = (
     "privacy",
     "byzantine",
     "secure",
+    "devices",
     "evaluation",
     "stop",
 )
@@ -263,6 +265,7 @@ class Simulation:
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
+    devices: DeviceParams = field(default_factory=DeviceParams)
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -274,6 +277,11 @@ class Simulation:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        require(
+            not self.secure.enabled or self.devices.compression == NONE,
+            "secure.enabled masks every number of an update, so that none can be left out: set "
+            "devices.compression=none (secure.bits says how many bits a number takes).",
+        )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Simulation:
@@ -317,6 +325,8 @@ class Simulation:
                 plain[section].pop(key)
         if self.initial.part == "all":
             plain["initial"].pop("part")
+        if self.devices == DeviceParams():
+            plain.pop("devices")
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
         if self.defence.name == "none":
@@ -337,6 +347,7 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyParams,
     "byzantine": ByzantineParams,
     "secure": SecureParams,
+    "devices": DeviceParams,
     "evaluation": EvaluationParams,
     "stop": StopParams,
     "data": DataParams,

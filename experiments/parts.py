@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.tasks import task_for
+from flowerbed.server.devices import Device, DeviceLink, simulated
 from flowerbed.server.grids.base import torch_threads
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.server.sampling import Draws, make_sampler
@@ -68,14 +70,21 @@ class Parts:
     spec: ClientSpec
     strategy: FederatedStrategy
     model: Tensors
+    link: DeviceLink | None = None
+    """What is agreed with single devices; None where the configuration treats all alike."""
 
 
 def build_parts(
-    simulation: Simulation, download_progress: Progress | None = None, busy: Busy = contextlib.nullcontext
+    simulation: Simulation,
+    download_progress: Progress | None = None,
+    devices: Sequence[Device] | None = None,
+    *,
+    busy: Busy = contextlib.nullcontext,
 ) -> Parts:
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
 
-    ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding.
+    ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding. ``devices`` is what real
+    clients have told about themselves, by client number; by default they are simulated.
     """
     load_all()
     simulation = completed(simulation)
@@ -104,6 +113,17 @@ def build_parts(
     model = replace(strategy.model_spec(asked), weights=initial.weights, part=initial.part)
     module = model.build(simulation.seed)
     info = ModelInfo.of(module)
+
+    @cache
+    def link() -> DeviceLink:
+        # One object a client, so only where it is needed: there may be a million.
+        fleet = (
+            simulated(simulation.devices, train.sizes, simulation.seed) if devices is None else list(devices)
+        )
+        steps = [simulation.local.steps_per_round(max(1, device.examples)) for device in fleet]
+        values = sum(value.numel() for value in module.state_dict().values())
+        return DeviceLink(simulation.devices, fleet, steps=steps, values=values)
+
     strategy.setup(
         Setting(
             seed=simulation.seed,
@@ -118,6 +138,7 @@ def build_parts(
                     federation.oversample,
                     simulation.evaluation.clients,
                     train.sizes,
+                    lambda: link().able(),
                 ),
             ),
             cohort=federation.cohort,
@@ -156,7 +177,8 @@ def build_parts(
         validation=validation_partition(simulation, dataset, train),
     )
     first = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return Parts(simulation, dataset, train, test, spec, strategy, first)
+    agreed = link() if simulation.devices.acts else None
+    return Parts(simulation, dataset, train, test, spec, strategy, first, agreed)
 
 
 def fast_routes(simulation: Simulation, module: torch.nn.Module) -> Routes | None:

@@ -153,6 +153,7 @@ def make_federation(
         store=store,
         identity=simulation.identity,
         derive=metrics.group_scores(parts.dataset.train.labels, parts.train, parts.dataset.num_classes),
+        link=parts.link,
     )
     refusal = federation.pooling_refusal() or parts.spec.engine_refusal()
     if simulation.grid.engine == "cohort" and refusal is not None:

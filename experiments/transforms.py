@@ -11,6 +11,7 @@ import torch
 
 from flowerbed.clients.app import ClientSpec, choose_device
 from flowerbed.clients.byzantine import attack_transforms, byzantine_clients, make_trigger
+from flowerbed.clients.compression import Compression
 from flowerbed.clients.defences import DEFENCES, Defence
 from flowerbed.clients.privacy import LocalPrivacy
 from flowerbed.clients.secure import SecureMasking
@@ -23,6 +24,7 @@ from flowerbed.experiments.sharded import Counting
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
+from flowerbed.server.device_params import NONE
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.storage import Tensors
@@ -48,7 +50,8 @@ def client_transforms(simulation: Simulation, dataset: Dataset) -> tuple[ClientT
     honest = (LocalPrivacy(privacy.clip, privacy.noise),) if privacy.mode == "local" else ()
     attack = attack_transforms(byzantine, members, dataset, simulation.seed)
     masking = (SecureMasking(simulation.secure),) if simulation.secure.enabled else ()
-    return (*defence, *honest, *attack, *masking)
+    packing = (Compression(),) if simulation.devices.compression != NONE else ()
+    return (*defence, *honest, *attack, *masking, *packing)
 
 
 def evaluation_transforms(

@@ -17,7 +17,8 @@ class FederationParams:
     """Clients that train in a round (m); 0 means all."""
     sampling: str = "uniform"
     """Who is asked to train: uniform; weighted (chances by samples; use strategy.weighting=uniform with it); cyclic
-    (shuffled passes over all clients); or package.module:Class, made from a flowerbed.server.sampling.Draws."""
+    (shuffled passes over all clients); able (uniform among those that meet ``devices``); or package.module:Class,
+    made from a flowerbed.server.sampling.Draws."""
     rounds: int = 20
     """Training rounds (T)."""
     oversample: float = 0.0
