@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ PARTS = ("train", "test", "validation")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 NO_LABEL = "unlabelled"
 """Folder of images, or cell of a table, of samples whose label nobody knows."""
+COPIES = 3
+"""Decoded copies that are kept."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -298,7 +301,8 @@ def load_data(kind: str, options: Mapping[str, Any], folder: Path, form: DataFor
         if known is not None:
             return known
     try:
-        splits = data.load(form)
+        # A user's class may return anything, and nobody else checks it.
+        splits: Any = data.load(form)
     except FlowerbedError:
         raise
     except Exception as error:
@@ -306,14 +310,18 @@ def load_data(kind: str, options: Mapping[str, Any], folder: Path, form: DataFor
         raise DataError(
             f"The data of kind '{kind}' ({dict(options)}) cannot be read: {type(error).__name__}: {error}."
         ) from error
-    # A user's class is not checked by anybody else.
-    if not isinstance(splits, DeviceSplits):  # type: ignore[unreachable, unused-ignore]
+    if not isinstance(splits, DeviceSplits):
         raise DataError(f"{kind}.load returned {type(splits).__name__}; it must return DeviceSplits.")
     train, test, validation = splits.train, splits.test, splits.validation
     dataset = form.dataset(_marked(train), _marked(test), None if validation is None else _marked(validation))
     if target is None:
         return dataset
-    return cache.store(target, dataset)
+    found_again = cache.store(target, dataset)
+    # Copies of files that have changed since, or of other runs, would fill the disk.
+    copies = sorted(kept.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in copies[COPIES:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return found_again
 
 
 def save_npz(path: Path, dataset: Dataset, train: npt.ArrayLike, test: npt.ArrayLike = ()) -> None:

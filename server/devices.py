@@ -160,7 +160,7 @@ class DeviceLink:
             if agreed:
                 key = id(message.content), tuple((k, str(v)) for k, v in agreed.items())
                 if key not in contents:
-                    contents[key] = RecordDict({**message.content, AGREED: ConfigRecord(agreed)})
+                    contents[key] = RecordDict({**message.content, AGREED: agreed})
                 # The message itself is the strategy's; another one with its content may be on its way.
                 message.content = contents[key]
             result.append(message)
@@ -174,7 +174,8 @@ class DeviceLink:
         result = []
         for reply in replies:
             question = questions.get(reply.metadata.src_node_id)
-            if question is not None and reply.has_content():
+            # A reply to another message is refused by the loop, and takes no place of the one that is waited for.
+            if question is not None and reply.has_content() and _answers(reply, question):
                 client = clients[reply.metadata.src_node_id]
                 problem = self._opened(question, reply, client)
                 if problem is not None:
@@ -199,19 +200,15 @@ class DeviceLink:
     def _device(self, client: int) -> Device:
         return self.devices[client] if 0 <= client < len(self.devices) else Device()
 
-    def _agreed(self, message: Message, client: int) -> dict[str, int | float | bool | str | list[str]]:
-        agreed: dict[str, int | float | bool | str | list[str]] = {}
+    def _agreed(self, message: Message, client: int) -> ConfigRecord:
+        agreed = ConfigRecord()
         if _trains(message):
             device, params = self._device(client), self.params
             if (work := device.work(params)) != 1.0:
                 agreed[WORK] = work
             if device.compresses(params):
-                agreed |= {
-                    KEEP: params.top_k,
-                    BITS: params.bits,
-                    FEEDBACK: params.feedback,
-                    STREAMS: list(params.streams),
-                }
+                agreed[KEEP], agreed[BITS] = params.top_k, params.bits
+                agreed[FEEDBACK], agreed[STREAMS] = params.feedback, list(params.streams)
         if self.tickets:
             agreed[TICKET] = secrets.token_hex(16)
         return agreed
@@ -241,3 +238,8 @@ class DeviceLink:
 
 def _trains(message: Message) -> bool:
     return message.metadata.message_type.partition(".")[0] == "train"
+
+
+def _answers(reply: Message, question: Message) -> bool:
+    number = question.metadata.message_id
+    return not number or reply.metadata.reply_to_message_id in ("", number)

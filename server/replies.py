@@ -60,10 +60,10 @@ def check_replies(
     by_node: dict[int, Message] = {}
     numbers = {message.metadata.dst_node_id: message.metadata.message_id for message in asked}
     nodes = {number: node for node, number in numbers.items() if number}
-    for reply in replies:
-        number = reply.metadata.reply_to_message_id
-        node = reply.metadata.src_node_id
-        if reply.has_error():
+    for arrived in replies:
+        number = arrived.metadata.reply_to_message_id
+        node = arrived.metadata.src_node_id
+        if arrived.has_error():
             # Flower itself answers for a node that is away, in its own name.
             node = nodes.get(number, node)
         if node not in numbers or (numbers[node] and number and number != numbers[node]):
@@ -71,7 +71,7 @@ def check_replies(
         elif node in by_node:
             fail(node, "replayed", "a second reply came to the same message; the first one is used")
         else:
-            by_node[node] = reply
+            by_node[node] = arrived
     for message in asked:
         node = message.metadata.dst_node_id
         reply = by_node.get(node)

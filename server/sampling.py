@@ -191,7 +191,7 @@ class AbleSampler:
         assert draws.able is not None
         self._uniform = UniformSampler.of(draws)
         able = draws.able()
-        self._able = np.flatnonzero(able)
+        self._able: list[int] = np.flatnonzero(able).tolist()
         require(
             1 <= draws.wanted <= len(self._able),
             f"federation.sampling=able asks {draws.wanted or 'all'} clients a round and {len(self._able)} of "

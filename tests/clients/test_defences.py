@@ -140,3 +140,18 @@ def test_no_defence_is_the_run_of_before_there_was_any() -> None:
 def test_wrong_options_are_refused(name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         worlds.run("fedavg", defence={"name": name, **options})
+
+
+def test_what_was_left_out_is_there_in_the_next_round_of_a_run() -> None:
+    """Of an algorithm that keeps nothing itself, too."""
+
+    def model(feedback: bool, rounds: int) -> dict[str, torch.Tensor]:
+        defence = {"name": "prune", "keep": 0.05, "feedback": feedback}
+        return worlds.run("fedavg", defence=defence, federation={"rounds": rounds}).result.model
+
+    def same(rounds: int) -> bool:
+        one, other = model(True, rounds), model(False, rounds)
+        return all(torch.equal(one[n], other[n]) for n in one)
+
+    assert same(1)
+    assert not same(2)

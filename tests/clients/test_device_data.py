@@ -80,8 +80,10 @@ def test_pictures_are_decoded_once_and_changes_are_noticed(
     with monkeypatch.context() as patch:
         patch.setattr(device_data, "read_image", None)
         assert load(tmp_path, "images", GREY, path="p", test_fraction=0.0).train.inputs.max() == 1
-    picture(tmp_path / "p" / "cat" / "b.png", 2)
-    assert load(tmp_path, "images", GREY, path="p", test_fraction=0.0).train.inputs.max() == 2
+    for value in range(2, 7):
+        picture(tmp_path / "p" / "cat" / f"{value}.png", value)
+        assert load(tmp_path, "images", GREY, path="p", test_fraction=0.0).train.inputs.max() == value
+    assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:

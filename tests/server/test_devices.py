@@ -24,6 +24,7 @@ from flowerbed.server.device_params import DeviceParams
 from flowerbed.server.devices import RECEIPT, TICKET, Device, DeviceLink, simulated, survey
 from flowerbed.server.grids.inprocess import InProcessGrid
 from flowerbed.server.loop import RunResult
+from flowerbed.server.replies import check_replies
 from flowerbed.server.sampling import Draws, make_sampler
 from flowerbed.strategies.base import ClientReply
 from flowerbed.strategies.fednova import FedNova
@@ -330,6 +331,28 @@ def test_a_reply_must_show_the_ticket_of_its_own_message() -> None:
     # The next exchange has new ones, so that a whole round cannot be sent again.
     again = link.outgoing(asked, clients)
     assert str(messages.settings(again[0].content)[TICKET]) not in tickets
+
+
+def test_an_old_reply_takes_no_place_of_the_good_one() -> None:
+    link, asked, clients = link_and_messages(DeviceParams(), tickets=True)
+    old = reply_to(asked[0], **{RECEIPT: ConfigRecord({TICKET: "of before"})})
+    old.metadata.__dict__["_reply_to_message_id"] = "0"
+    good = [reply_to(m, **{RECEIPT: ConfigRecord({TICKET: _ticket(m)})}) for m in asked]
+    checked = check_replies(asked, link.incoming(asked, [old, *good], clients), clients, 5)
+    assert [m.metadata.src_node_id for m in checked.usable] == [1000, 1001]
+    assert [(f.client, f.kind) for f in checked.failures] == [(0, "replayed")]
+
+
+def test_of_two_replies_to_one_message_the_first_is_used() -> None:
+    _, asked, clients = link_and_messages(DeviceParams())
+    first, second, other = reply_to(asked[0]), reply_to(asked[0]), reply_to(asked[1])
+    checked = check_replies(asked, [first, second, other], clients, 5)
+    assert checked.usable[0] is first
+    assert [(f.client, f.kind) for f in checked.failures] == [(0, "replayed")]
+
+
+def _ticket(message: Message) -> str:
+    return str(messages.settings(message.content)[TICKET])
 
 
 def test_oversized_replies_and_quotas() -> None:

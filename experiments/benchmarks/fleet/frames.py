@@ -30,7 +30,8 @@ def send(connection: socket.socket, header: dict[str, Any], content: RecordDict 
 
 def packed(header: dict[str, Any], content: RecordDict | None = None) -> bytes:
     """Return the bytes of a frame."""
-    arrays, records = {}, []
+    arrays: dict[str, Any] = {}
+    records: list[list[Any]] = []
     for name, record in (content or {}).items():
         if isinstance(record, ArrayRecord):
             keys = []

@@ -20,7 +20,7 @@ from flwr.app import Error, Message, RecordDict
 
 from flowerbed.errors import ConfigError, RunError
 from flowerbed.experiments.benchmarks.fleet import frames
-from flowerbed.experiments.benchmarks.fleet.nodes import GOOD, SILENT, Plan
+from flowerbed.experiments.benchmarks.fleet.nodes import GOOD, REPLAY, SILENT, Plan, misbehaves
 from flowerbed.pooling import Pool, Pooling
 from flowerbed.server.grids import flower_compat
 from flowerbed.server.grids.base import Answered, SimulationGrid
@@ -57,6 +57,10 @@ class LoopbackGrid(SimulationGrid):
         self._open: set[str] = set()
         """Those of this exchange that have not been answered."""
         self._last: dict[str, Message] = {}
+        self._silent: set[int] = set()
+        """Nodes that will not answer in this exchange."""
+        self._due: set[int] = set()
+        """Those of them that will send something else: what was due before."""
         self._gone: set[int] = set()
         self._arrived: queue.Queue[Arrived] = queue.Queue()
         self._connections: dict[int, socket.socket] = {}
@@ -69,7 +73,7 @@ class LoopbackGrid(SimulationGrid):
             dict(run_config),
             parallel,
         )
-        self._silent = {self.node_id(k) for k, b in enumerate(plan.behaviours) if b in SILENT}
+        self._behaviours = {self.node_id(k): behaviour for k, behaviour in enumerate(plan.behaviours)}
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "plan.json"
         plan.write(path)
@@ -83,7 +87,11 @@ class LoopbackGrid(SimulationGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send the messages without waiting."""
         accepted = self._accept(messages)
+        unanswered = {self._last[number].metadata.dst_node_id for number in self._open}
         before, self._last = self._last, {message.metadata.message_id: message for message in accepted}
+        bad = {message.metadata.dst_node_id for message in accepted if misbehaves(message)}
+        self._silent = {node for node in bad if self._behaviours[node] in SILENT}
+        self._due = {n for n in self._silent if self._behaviours[n] == REPLAY or n in unanswered}
         self._instructions, self._open = {**before, **self._last}, set(self._last)
         for message in accepted:
             # A node that is still at the message before does not read, and must not keep the others waiting.
@@ -103,7 +111,9 @@ class LoopbackGrid(SimulationGrid):
         deadline = None if timeout is None else time.monotonic() + timeout
         self.push_messages(messages)
         replies: list[Message] = []
-        while any(self._last[number].metadata.dst_node_id not in self._silent for number in self._open):
+        while self._due or any(
+            self._last[number].metadata.dst_node_id not in self._silent for number in self._open
+        ):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 arrived = self._arrived.get(timeout=left)
@@ -179,10 +189,12 @@ class LoopbackGrid(SimulationGrid):
     def _read(self, arrived: Arrived) -> list[Message]:
         node, header, content = arrived
         if header is None:
+            self._due.discard(node)
             lost = [self._last[n] for n in sorted(self._open) if self._last[n].metadata.dst_node_id == node]
             self._open -= {message.metadata.message_id for message in lost}
             error = Error(flower_compat.NODE_UNAVAILABLE, "the node is gone: its connection was closed")
             return [self._announce(flower_compat.reply_with(message, error)) for message in lost]
+        self._due.discard(node)
         message = self._instructions.get(str(header.get("to")))
         if message is None or message.metadata.dst_node_id != node:
             return []

@@ -93,6 +93,16 @@ def serve(plan: Plan) -> None:
         os.waitpid(child, 0)
 
 
+def misbehaves(message: Message) -> bool:
+    """Return whether a node that misbehaves does so at this message."""
+    return from_now_on(message.metadata.message_type, message.content)
+
+
+def from_now_on(kind: str, content: RecordDict) -> bool:
+    """Return whether a message of that type belongs to the second training round or a later one."""
+    return kind == "train" and int(messages.settings(content).get("server-round", 1)) > 1
+
+
 def node(plan: Plan, number: int, turns: Any) -> None:
     """Answer messages until the server closes the connection, each in a process of its own."""
     behaviour = plan.behaviours[number]
@@ -100,8 +110,7 @@ def node(plan: Plan, number: int, turns: Any) -> None:
         frames.send(connection, {"token": plan.token, "node": number})
         while (found := frames.receive(connection)) is not None:
             header, content = found
-            settings = messages.settings(content)
-            bad = header["type"] == "train" and int(settings.get("server-round", 1)) > 1
+            bad = from_now_on(header["type"], content)
             if bad and behaviour == VANISH:
                 return
             child = os.fork()
