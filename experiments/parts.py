@@ -122,8 +122,7 @@ def build_parts(
         )
         steps = [simulation.local.steps_per_round(max(1, device.examples)) for device in fleet]
         values = sum(value.numel() for value in module.state_dict().values())
-        tickets = devices is not None
-        return DeviceLink(simulation.devices, fleet, tickets=tickets, steps=steps, values=values)
+        return DeviceLink(simulation.devices, fleet, steps=steps, values=values)
 
     strategy.setup(
         Setting(
@@ -178,7 +177,7 @@ def build_parts(
         validation=validation_partition(simulation, dataset, train),
     )
     first = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    agreed = link() if simulation.devices.acts or devices is not None else None
+    agreed = link() if simulation.devices.acts else None
     return Parts(simulation, dataset, train, test, spec, strategy, first, agreed)
 
 
