@@ -268,7 +268,7 @@ def open_data(kind: str, options: Mapping[str, Any], folder: Path) -> DeviceData
 
     Raises ``ConfigError`` for an unknown kind or option.
     """
-    made = DEVICE_DATA.get(kind)
+    made: Any = DEVICE_DATA.get(kind)
     options = dict(options)
     if isinstance(options.get("path"), str):
         options["path"] = str(folder / Path(options["path"]).expanduser())
@@ -280,7 +280,8 @@ def open_data(kind: str, options: Mapping[str, Any], folder: Path) -> DeviceData
                     f"[data] of kind '{kind}' has no option '{name}'; it has {', '.join(known)}."
                 )
     try:
-        return made(**options)
+        opened: DeviceData = made(**options)
+        return opened
     except TypeError as error:
         raise ConfigError(f"[data] of kind '{kind}' does not fit: {error}.") from error
 
