@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flowerbed.clients.store import MemoryStore
 from flowerbed.errors import ConfigError, RunError
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.parts import Parts, build_parts
-from flowerbed.experiments.simulation import make_federation, open_grid
+from flowerbed.experiments.simulation import make_federation, open_grid, resume, simulate
 from flowerbed.server.device_params import DeviceParams
 from flowerbed.server.devices import RECEIPT, TICKET, Device, DeviceLink, simulated, survey
 from flowerbed.server.grids.inprocess import InProcessGrid
@@ -503,3 +504,38 @@ def test_two_devices_of_one_number_are_refused() -> None:
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Simulation.of({"devices": settings})
+
+
+DIFFER: dict[str, Any] = {
+    "strategy": "scaffold",
+    "partition": {"name": "dirichlet", "alpha": 0.3},
+    "model": {"name": "mlp", "hidden": [16]},
+    "federation": {"clients": 8, "cohort": 6, "rounds": 3},
+    "local": {"batch_size": 64},
+    "evaluation": {"every": 0},
+    "devices": {
+        "work": "speed",
+        "weak": 0.5,
+        "compression": "top-k-int8",
+        "keep": 0.1,
+        "slow_mbit": 2.0,
+        "streams": ["arrays", "control"],
+    },
+    "grid": {"device": "cpu"},
+}
+
+
+def test_a_resumed_run_owes_what_it_owed(tmp_path: Path) -> None:
+    whole = simulate(**DIFFER)
+    half = {**DIFFER, "federation": {**DIFFER["federation"], "rounds": 2}}
+    simulate(**half, run={"dir": str(tmp_path / "run"), "figures": False})
+    assert same(whole, resume(tmp_path / "run", federation={"rounds": 3}))
+
+
+@pytest.mark.slow
+def test_devices_that_differ_are_the_same_bits_on_ray(tmp_path: Path) -> None:
+    direct = simulate(**DIFFER)
+    grid = {"name": "ray", "workers": 1, "device": "cpu"}
+    ray = simulate(**{**DIFFER, "grid": grid}, run={"dir": str(tmp_path / "ray"), "figures": False})
+    assert same(direct, ray)
+    assert up(direct) == up(ray)
