@@ -77,9 +77,8 @@ class Parts:
 def build_parts(
     simulation: Simulation,
     download_progress: Progress | None = None,
-    devices: Sequence[Device] | None = None,
-    *,
     busy: Busy = contextlib.nullcontext,
+    devices: Sequence[Device] | None = None,
 ) -> Parts:
     """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
 
