@@ -108,6 +108,8 @@ class ClientSpec:
         for transform in self.transforms:
             if type(transform).reply is not ClientTransform.reply:
                 return f"{type(transform).__name__} changes replies one by one"
+            if type(transform).begin is not ClientTransform.begin:
+                return f"{type(transform).__name__} changes the steps of one client at a time"
         return refusal(self.half, self.local)
 
     def loads(self, clients: Sequence[int]) -> Sequence[float]:
@@ -211,7 +213,8 @@ class Worker:
     @cached_property
     def stateful(self) -> bool:
         """Whether clients keep anything from one round to the next."""
-        return self.spec.half.stateful or bool(self.private) or self.spec.local.persist
+        keeps = self.spec.half.stateful or any(transform.stateful for transform in self.spec.transforms)
+        return keeps or bool(self.private) or self.spec.local.persist
 
     @cached_property
     def lent(self) -> Mapping[str, Tensor] | None:
@@ -312,6 +315,8 @@ class Worker:
 
     def _trained(self, local: LocalRound) -> tuple[Reply, Mapping[str, Metric]]:
         """Let a client train; return what it sends, and the metrics that are ours."""
+        for transform in self.spec.transforms:
+            transform.begin(local)
         reply = self.spec.half.run(local)
         for transform in self.spec.transforms:
             reply = transform.reply(local, reply)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
+
+if TYPE_CHECKING:
+    from flowerbed.clients.training import Estimate
 
 Extras = Mapping[str, Any]
 """What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
@@ -87,6 +90,12 @@ class LocalRound:
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
     open_validation: Callable[[], ClientData] | None = None
+    alter: Callable[[Batch, int], Batch] | None = None
+    """Changes the batch of a clock before any loss sees it; a client transform's, like the next two."""
+    estimate: Estimate | None = None
+    """Makes the gradients of every step in place of one backward pass."""
+    term: Callable[[ModelParts], Tensor] | None = None
+    """Added to every loss, evaluated after it; a scalar."""
 
     @cached_property
     def train_data(self) -> ClientData:

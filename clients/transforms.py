@@ -30,9 +30,15 @@ class Request:
 class ClientTransform:
     """Base of client transforms; every method may be left as it is. Picklable, without state of its own."""
 
+    stateful: bool = False
+    """Whether it keeps anything in ``LocalRound.state``."""
+
     def data(self, client: int, data: ClientData) -> ClientData:
         """Return the training data that the client uses."""
         return data
+
+    def begin(self, local: LocalRound) -> None:
+        """Prepare a training round before the algorithm's: set the optional functions of ``local``."""
 
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         """Return what the client sends; memory across rounds belongs in ``local.state``."""

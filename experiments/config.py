@@ -48,6 +48,7 @@ ENGINES = ("generic", "cohort", "auto")
 TRACKERS = ("none", "wandb", "tensorboard")
 WANDB_MODES = ("offline", "online", "disabled")
 EXCHANGES = ("auto", "messages", "pooled")
+VIEWS = ("server", "released")
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,12 @@ class ObserveParams:
     """Rounds whose exchanges are kept; () keeps none."""
     clients: tuple[int, ...] = ()
     """Clients that are observed; () means all that answer."""
+    view: str = "server"
+    """server: what the server sees, one exchange with every client, or the mean of a cohort with secure.enabled;
+    released: the model that a round ends with, which all that take part in the next one see."""
 
     def __post_init__(self) -> None:
+        require(self.view in VIEWS, unknown_name("view", self.view, VIEWS))
         object.__setattr__(self, "rounds", tuple(self.rounds))
         object.__setattr__(self, "clients", tuple(self.clients))
         require(

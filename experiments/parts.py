@@ -101,8 +101,11 @@ def build_parts(
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
     initial = simulation.initial
-    model = replace(strategy.model_spec(asked), weights=initial.weights, part=initial.part)
+    defence = transforms.build_defence(simulation.defence)
+    model = defence.model_spec(strategy.model_spec(asked))
+    model = replace(model, weights=initial.weights, part=initial.part)
     module = model.build(simulation.seed)
+    defence.check(strategy.half, module, simulation.local, dataset)
     info = ModelInfo.of(module)
     strategy.setup(
         Setting(

@@ -15,22 +15,27 @@ from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.experiments import run_directory
-from flowerbed.experiments.config import Choice
+from flowerbed.experiments.config import Choice, Simulation
 from flowerbed.experiments.leakage import scoring
-from flowerbed.experiments.leakage.truth import Truth, truth_of
+from flowerbed.experiments.leakage.truth import Truth, truth_of, truth_of_all
 from flowerbed.experiments.parts import Parts, build_parts
-from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
+from flowerbed.experiments.transforms import OBSERVATIONS, build_defence, view_of
 from flowerbed.strategies.attacks.analytic import ReadOut
 from flowerbed.strategies.attacks.descents import Descent, Watch
 from flowerbed.strategies.attacks.generative import Latent, Prior
 from flowerbed.strategies.attacks.inversion import Inversion
+from flowerbed.strategies.attacks.objectives import SCALE_FREE
 from flowerbed.strategies.attacks.observation import Observation, Reconstruction, SideInfo
-from flowerbed.strategies.attacks.observer import stems
-from flowerbed.strategies.attacks.presets import ATTACKS, Attack
+from flowerbed.strategies.attacks.observer import RELEASED, stems
+from flowerbed.strategies.attacks.presets import ATTACKS, GENERATIVE, STAGED, Attack
 from flowerbed.strategies.attacks.priors import TotalVariation
 
 GRANTS = ("labels", "surrogate")
 """What a threat model may grant beside what every client publishes: true labels; the test images as public data."""
+
+
+PIXEL_OPTIONS = {"joint": "labels", "boxed": "boxed", "encoded": "encoded", "bottleneck": "bottleneck"}
+"""Options of a search among pixels, by what its space calls them."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +81,37 @@ class Attacked:
 def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) -> Attack:
     """Return a preset with some of its constants replaced.
 
-    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, floor), of ``Descent``
-    (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total variation, and
-    ``stages`` and ``radii`` of GIFD. Raises ``ConfigError`` for others.
+    ``options``: those of ``Inversion`` (restarts, rule, objective, chunk, group, imitation, update_noise, floor), of
+    ``Descent`` (steps, lr, sign, schedule, ...; a list has one for each stage), ``tv``, the weight of its total
+    variation, ``stages`` and ``radii`` of GIFD, and of a search among pixels ``joint`` (labels are searched for as
+    well), ``boxed``, ``encoded`` and ``bottleneck``. Raises ``ConfigError`` for others.
     """
     attack = ATTACKS.get(name)(prior)
     if isinstance(attack, ReadOut):
         for key in options:
             require(key == "rule", unknown_name(f"option of attack '{name}'", key, ("rule",)))
         return replace(attack, **options)
-    own = ("objective", "objective_scale", "group", "rule", "restarts", "chunk", "imitation", "floor")
+    own = (
+        "objective",
+        "objective_scale",
+        "group",
+        "rule",
+        "restarts",
+        "chunk",
+        "imitation",
+        "update_noise",
+        "floor",
+    )
     moving = tuple(f.name for f in fields(Descent))
-    inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else ()
+    inside = ("stages", "radii", "kl") if isinstance(attack.space, Latent) else tuple(PIXEL_OPTIONS)
     for key, value in options.items():
         if key in own:
             attack = replace(attack, **{key: value})
+        elif key in inside:
+            changed = {PIXEL_OPTIONS.get(key, key): value}
+            attack = replace(attack, space=replace(attack.space, **changed))  # type: ignore[type-var]
         elif key in moving:
             attack = replace(attack, descents=_moved(attack.descents, key, value))
-        elif key in inside:
-            attack = replace(attack, space=replace(attack.space, **{key: value}))  # type: ignore[type-var]
         elif key == "tv":
             others = tuple(p for p in attack.priors if not isinstance(p, TotalVariation))
             before = [p for p in attack.priors if isinstance(p, TotalVariation)]
@@ -103,6 +120,37 @@ def composed(name: str, options: Mapping[str, Any], prior: Prior | None = None) 
         else:
             raise ConfigError(unknown_name(f"option of attack '{name}'", key, (*own, *moving, *inside, "tv")))
     return attack
+
+
+def known_of(simulation: Simulation) -> dict[str, Any]:
+    """Return what an attacker sets who knows how the run protects its clients: the defence, and user-level privacy."""
+    found = dict(build_defence(simulation.defence).known(simulation.local))
+    privacy = simulation.privacy
+    if privacy.mode == "local":
+        found = {"imitation": "clip", "update_noise": privacy.noise * privacy.clip, **found}
+    elif privacy.mode == "central" and view_of(simulation) == RELEASED:
+        # The deviation of a mean over the cohort, where nobody drops out and the clip norm stays.
+        found = {"update_noise": privacy.noise * privacy.clip / simulation.federation.wanted, **found}
+    return found
+
+
+def useful(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options ``known`` that make a difference to the attack of that name, as it is published."""
+    if name in GENERATIVE:
+        blind, joint, inside = GENERATIVE[name] in SCALE_FREE, False, frozenset[str]()
+    else:
+        attack = ATTACKS.get(name)(None)
+        if not isinstance(attack, Inversion):
+            return {}
+        blind, joint, inside = attack.objective in SCALE_FREE, attack.joint, frozenset(PIXEL_OPTIONS)
+    return {
+        key: value
+        for key, value in known.items()
+        if not (value == "clip" and blind)
+        and not (key == "joint" and joint)
+        and (key in inside or key not in PIXEL_OPTIONS)
+        and (key not in ("floor", "update_noise") or name in STAGED)
+    }
 
 
 def _moved(descents: tuple[Descent, ...], key: str, value: Any) -> tuple[Descent, ...]:
@@ -164,10 +212,12 @@ def attack_run(
     if (path := asked.pop("prior", None)) is not None:
         prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
     attack = composed(name, asked, prior)
-    if adaptive and isinstance(attack, Inversion):
-        defence = build_defence(parts.simulation.defence)
-        attack = composed(name, {"imitation": defence.imitation, "floor": defence.floor, **asked}, prior)
-    truths = [truth_of(parts, o.client, o.round) for o in chosen]
+    if adaptive:
+        attack = composed(name, {**useful(name, known_of(parts.simulation)), **asked}, prior)
+    truths = [
+        truth_of_all(parts, o.members, o.round) if o.members else truth_of(parts, o.client, o.round)
+        for o in chosen
+    ]
     sides = [replace(side, labels=truth.y) if "labels" in grant else side for truth in truths]
     found = attack.run(list(zip(chosen, sides, strict=True)), seed=simulation.seed, device=where, watch=watch)
     pool = pool_of(parts)
@@ -194,9 +244,9 @@ def attack_run(
 def _wanted(
     observation: Observation, clients: Collection[int] | None, rounds: Collection[int] | None
 ) -> bool:
-    return (clients is None or observation.client in clients) and (
-        rounds is None or observation.round in rounds
-    )
+    # Of a cohort no single client can be chosen.
+    chosen = clients is None or bool(observation.members) or observation.client in clients
+    return chosen and (rounds is None or observation.round in rounds)
 
 
 def _surrogate(dataset: Dataset, most: int = 256) -> Tensor:

@@ -11,6 +11,7 @@ samples one to one, by least total squared error.
 ``labels``      1 - sum_c |n_c - n^_c| / 2B: the share of labels found, whatever their order
 ``top-1``       whether no other training image of the class is nearer to the reconstruction than the true one
 ``top-10``      whether at most nine are
+``psnr: ...``   psnr against what the truth also is, where samples were encoded: ``original`` or ``encoded``
 ``fmse``        mean squared difference of all logits, where a model is given
 ==============  ================================================================================================
 """
@@ -141,6 +142,9 @@ def score(
         with torch.no_grad():
             gap = model.eval()(found.x[list(order)]) - model(truth.x)
         figures["fmse"] = gap.double().square().mean(1)
+    for name, other in truth.other.items():
+        own = scale.pixels(other)
+        figures[f"psnr: {name}"] = psnr(made[list(matched(made, own))], own)
     if pool is not None:
         ranks = torch.tensor([_rank(ordered[i], truth, i, pool) for i in range(len(true))])
         figures |= {f"top-{k}": (ranks <= k).double() for k in (1, 10)}

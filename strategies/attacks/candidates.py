@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from flowerbed.clients.params import LocalParams
+from flowerbed.models.bottleneck import divergence
 from flowerbed.strategies.attacks.observation import Gradient
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -52,11 +54,17 @@ def gradient(
     x: Tensor,
     targets: Tensor,
     watched: Sequence[nn.Module] = (),
+    clip: float = 0.0,
 ) -> tuple[Gradient, Layers]:
     """Return the gradient of the mean cross entropy, and what went into the ``watched`` layers.
 
-    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``.
+    ``targets``: int64 ``(B,)``, or probabilities ``(B, C)``. With ``clip`` it is the mean over examples of gradients
+    that are clipped to that norm one by one; nothing is then watched.
     """
+    if clip:
+        one = functools.partial(_one_clipped, module, parameters, buffers, clip)
+        found = vmap(one)(x, targets)
+        return {name: value.mean(0) for name, value in found.items()}, []
 
     def loss(moving: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         seen: list[Tensor] = []
@@ -66,10 +74,26 @@ def gradient(
         finally:
             for handle in handles:
                 handle.remove()
-        return F.cross_entropy(outputs, targets), seen
+        return F.cross_entropy(outputs, targets) + divergence(module), seen
 
     found, seen = grad(loss, has_aux=True)(dict(parameters))
     return found, list(zip(watched, seen, strict=True))
+
+
+def _one_clipped(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    clip: float,
+    x: Tensor,
+    target: Tensor,
+) -> Gradient:
+    """Return the gradient of one example, of norm ``clip`` at most."""
+    found, _ = gradient(module, parameters, buffers, x[None], target[None])
+    norm = sum(value.square().sum() for value in found.values())
+    assert isinstance(norm, Tensor)
+    factor = (clip / norm.add(1e-24).sqrt()).clamp(max=1.0)
+    return {name: value * factor for name, value in found.items()}
 
 
 def update(
@@ -80,6 +104,7 @@ def update(
     targets: Tensor,
     steps: Steps,
     watched: Sequence[nn.Module] = (),
+    clip: float = 0.0,
 ) -> tuple[Gradient, Layers]:
     """Return how far several steps of SGD move the parameters back, ``w_t - w_k``, and the first step's layers.
 
@@ -89,7 +114,8 @@ def update(
     velocity: Gradient = {}
     layers: Layers = []
     for place, rows in enumerate(steps.batches()):
-        found, seen = gradient(module, own, buffers, x[rows], targets[rows], watched if place == 0 else ())
+        first = watched if place == 0 else ()
+        found, seen = gradient(module, own, buffers, x[rows], targets[rows], first, clip)
         layers = seen or layers
         lr = local.lr_at(steps.first + place, steps.count, steps.rounds)
         for name, value in own.items():

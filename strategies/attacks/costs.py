@@ -14,14 +14,17 @@ from torch.func import grad_and_value, vmap
 
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import parameter_names
+from flowerbed.models.bottleneck import BOTTLENECK
 from flowerbed.storage import Tensors
 from flowerbed.strategies.attacks import candidates
 from flowerbed.strategies.attacks.candidates import Steps
-from flowerbed.strategies.attacks.objectives import Objective, masked
+from flowerbed.strategies.attacks.imitations import Imitation
+from flowerbed.strategies.attacks.objectives import Objective
 from flowerbed.strategies.attacks.observation import Gradient
 from flowerbed.strategies.attacks.priors import BatchStatistics, group_gap
-from flowerbed.strategies.attacks.spaces import LABELS, Pixels, Rows, Space, Variables, X, clamped
+from flowerbed.strategies.attacks.spaces import LABELS, NOISE, Pixels, Rows, Space, Variables, X, clamped
 
+BOTTLENECK_NOISE = f"{BOTTLENECK}.noise"
 Prior = Callable[[Tensor], Tensor]
 Given = tuple[Variables, Tensor, Variables, Variables, Variables]
 """What a row's cost depends on beside its variables: fixed ones, labels, observed, parameters, buffers."""
@@ -37,8 +40,7 @@ class Terms:
     priors: Sequence[Prior]
     statistics: BatchStatistics | None
     group: float
-    imitation: str
-    """none, mask or sign."""
+    imitation: Imitation
 
 
 class Costs:
@@ -92,28 +94,23 @@ class Costs:
     ) -> tuple[Tensor, Tensor]:
         """Return a row's cost with priors, and D alone. Pure, but for what ``evaluations`` counts elsewhere."""
         x = space.decode({**variables, **fixed}, labels)
+        imitation = self._terms.imitation
         targets = variables[LABELS].softmax(-1) if LABELS in variables else labels
+        targets = imitation.targets(targets, self.rows.classes)
+        if NOISE in variables:
+            buffers = {**buffers, BOTTLENECK_NOISE: variables[NOISE]}
         given = (self._module, parameters, buffers, x, targets)
         if self._steps.plain:
-            candidate, layers = candidates.gradient(*given, self._watched)
+            candidate, layers = candidates.gradient(*given, self._watched, imitation.example_clip)
         else:
-            candidate, layers = candidates.update(*given, self._steps, self._watched)
-        distance = self._distance(candidate, observed) * self._terms.scale
+            candidate, layers = candidates.update(*given, self._steps, self._watched, imitation.example_clip)
+        distance = self._terms.objective(*imitation.compared(candidate, observed)) * self._terms.scale
         total = distance + space.penalty(variables)
         for prior in self._terms.priors:
             total = total + prior(x)
         if self._terms.statistics is not None:
             total = total + self._terms.statistics.of(layers)
         return total, distance
-
-    def _distance(self, candidate: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return D, the candidate treated as the client's defence is known to have treated the observed one."""
-        objective = self._terms.objective
-        if self._terms.imitation == "mask":
-            objective = masked(objective, {n: (v != 0).to(v.dtype) for n, v in observed.items()})
-        elif self._terms.imitation == "sign":
-            candidate = candidates.soft_sign(candidate)
-        return objective(candidate, observed)
 
     def row(self, space: Space, row: int) -> Given:
         """Return what the cost of a row depends on beside its variables."""
@@ -162,13 +159,13 @@ class Costs:
     def judged(self, space: Space, variables: Variables) -> tuple[Tensor, Tensor, Tensor]:
         """Return the samples of all rows, clamped, their labels, and D there; what is not finite costs infinity."""
         x = self.decoded(space, variables)
-        if len(self.rows.shape) == 3:
+        if len(self.rows.shape) == 3 and not (isinstance(space, Pixels) and space.encoded):
             x = clamped(x, self.rows.scale)
-        soft = variables.get(LABELS)
-        labels = self.labels if soft is None else soft.argmax(-1)
+        beside = {n: variables[n] for n in (LABELS, NOISE) if n in variables}
+        labels = beside[LABELS].argmax(-1) if LABELS in beside else self.labels
         judge, costs = Pixels(), []
         for row in range(self.rows.count):
-            own = {X: x[row]} if soft is None else {X: x[row], LABELS: soft[row]}
+            own = {X: x[row], **{n: v[row] for n, v in beside.items()}}
             _, distance = self.of(judge, own, *self.row(judge, row))
             costs.append(float(distance))
         self.count(self.rows.count)

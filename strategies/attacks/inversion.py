@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from flowerbed.strategies.attacks import labels as label_rules
 from flowerbed.strategies.attacks.candidates import Steps
 from flowerbed.strategies.attacks.costs import Costs, Prior, Terms
 from flowerbed.strategies.attacks.descents import Descent, Watch, descend
+from flowerbed.strategies.attacks.imitations import imitation_of
 from flowerbed.strategies.attacks.objectives import OBJECTIVES
 from flowerbed.strategies.attacks.observation import (
     Gradient,
@@ -42,8 +43,6 @@ from flowerbed.strategies.attacks.observation import (
 )
 from flowerbed.strategies.attacks.priors import BatchStatistics
 from flowerbed.strategies.attacks.spaces import Pixels, Rows, Space
-
-IMITATIONS = ("none", "mask", "sign")
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,11 @@ class Inversion:
     """One for each stage of the space; the last one goes on for those that follow."""
     rule: str = "count"
     """How labels are restored where they are not given: a label rule."""
-    imitation: str = "none"
-    """What of a defence the attacker repeats on its candidates: mask, entries that are 0 in the observed gradient take
-    no part (pruning, top-k, Soteria); sign, a soft sign of the candidate's gradient."""
+    imitation: str | Mapping[str, Any] = "none"
+    """What of a defence the attacker repeats on its candidates, by name or as a mapping with constants: see
+    ``flowerbed.strategies.attacks.imitations``."""
+    update_noise: float = 0.0
+    """Standard deviation of the noise on every entry of the update, as the attacker knows it; makes a ``floor``."""
     floor: float = 0.0
     """D as the attacker expects it at the truth, from noise that it knows of: the first stage that gets there is the
     last that counts (a discrepancy rule)."""
@@ -76,10 +77,8 @@ class Inversion:
         require(self.restarts >= 1, f"attack.restarts is {self.restarts}; give at least 1.")
         require(self.chunk >= 0, f"attack.chunk is {self.chunk}; give 0 (all rows) or more.")
         require(self.floor >= 0, f"attack.floor is {self.floor}; give 0 (none) or more.")
-        require(
-            self.imitation in IMITATIONS,
-            f"attack.imitation is '{self.imitation}'; choose from {', '.join(IMITATIONS)}.",
-        )
+        require(self.update_noise >= 0, f"attack.update_noise is {self.update_noise}; give 0 (none) or more.")
+        imitation_of(self.imitation)
         OBJECTIVES.get(self.objective)
         label_rules.RULES.get(self.rule)
 
@@ -134,6 +133,7 @@ class Inversion:
             device=device or torch.device("cpu"),
         )
         best = torch.full((rows.count,), math.inf)
+        floors = torch.tensor([self._floor(victim) for victim in victims]).repeat_interleave(rows.restarts)
         images: Tensor | None = None
         labels = costs.labels.clone()
         curves: list[list[float]] = [[] for _ in range(rows.count)]
@@ -148,7 +148,7 @@ class Inversion:
                 curve.extend(more)
             x, found, distances = costs.judged(space, variables)
             images = x if images is None else images
-            better = (distances < best) & ~(best <= self.floor)
+            better = (distances < best) & ~(best <= floors)
             images[better], labels[better], best[better] = x[better], found[better], distances[better]
             following = space.advance(variables, costs.labels)
             if following is None:
@@ -160,7 +160,8 @@ class Inversion:
         for place in range(0, rows.count, rows.restarts):
             own = best[place : place + rows.restarts]
             row = place + int(own.argmin())
-            told = {"restart": row - place, "costs": own.tolist()}
+            victim = victims[place // rows.restarts]
+            told = {"restart": row - place, "costs": own.tolist(), **self._read(victim)}
             spent = costs.evaluations // len(victims)
             results.append(
                 Reconstruction(
@@ -176,10 +177,21 @@ class Inversion:
         return results
 
     def _terms(self) -> Terms:
-        objective = OBJECTIVES.get(self.objective)
-        return Terms(
-            objective, self.objective_scale, self.priors, self.statistics, self.group, self.imitation
-        )
+        objective, imitation = OBJECTIVES.get(self.objective), imitation_of(self.imitation)
+        return Terms(objective, self.objective_scale, self.priors, self.statistics, self.group, imitation)
+
+    def _floor(self, victim: _Victim) -> float:
+        """Return the cosine distance to expect at the truth, from the noise in what was observed."""
+        if not self.update_noise:
+            return self.floor
+        moved = moved_back(victim.observation)
+        square = sum(float(v.double().square().sum()) for v in moved.values())
+        share = self.update_noise**2 * sum(v.numel() for v in moved.values()) / square
+        return max(self.floor, 1 - math.sqrt(max(0.0, 1 - share)))
+
+    def _read(self, victim: _Victim) -> dict[str, Any]:
+        found = imitation_of(self.imitation).read(victim.sent)
+        return {"read": dict(found)} if found else {}
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,9 @@ class _Victim:
             labels = torch.zeros(size, dtype=torch.int64)
         else:
             x = label_rules.dummies(observation.model.input_shape, side, seed)
-            labels = label_rules.restore(attack.rule, label_rules.last_layer(module, gradient, size, x))
+            last = label_rules.last_layer(module, gradient, size, x)
+            last = replace(last, smoothing=imitation_of(attack.imitation).smoothing)
+            labels = label_rules.restore(attack.rule, last)
             if not steps.plain:
                 labels = dealt(labels, len(steps.sizes))
         return cls(observation, side, module, sent, steps, labels)
@@ -230,17 +244,22 @@ def steps_of(observation: Observation, side: SideInfo, size: int) -> Steps:
     reason = why_inexact(observation, side)
     if reason is None:
         return Steps(local, (size,), 1)
+    require(
+        not observation.members,
+        f"The update of {observation.who} cannot be attacked: {reason}, and of a mean over clients only single plain "
+        "steps are imitated.",
+    )
     examples = observation.examples or size
     count = local.steps_per_round(examples)
     plain = local.optimizer == "sgd" and not local.clip_norm and local.lr > 0
     if not plain or count == 1 or (local.persist and local.momentum and observation.round > 1):
         raise ConfigError(
-            f"The update of client {observation.client} cannot be attacked: {reason}, and only plain steps of SGD are "
+            f"The update of {observation.who} cannot be attacked: {reason}, and only plain steps of SGD are "
             "imitated."
         )
     if count < local.batches_per_epoch(examples):
         raise ConfigError(
-            f"The update of client {observation.client} cannot be attacked: it comes from {count} steps that saw a "
+            f"The update of {observation.who} cannot be attacked: it comes from {count} steps that saw a "
             "part of the client's samples; only one step, or whole epochs, are imitated."
         )
     batch = min(local.batch_size or examples, examples)
@@ -256,7 +275,7 @@ def moved_back(observation: Observation) -> Gradient:
     names = [n for n in parameter_names(observation.module()) if n in observation.returned]
     found = {n: observation.sent[n] - observation.returned[n] for n in names}
     if not any(bool(value.any()) for value in found.values()):
-        raise ConfigError(f"The update of client {observation.client} is 0 everywhere; it tells nothing.")
+        raise ConfigError(f"The update of {observation.who} is 0 everywhere; it tells nothing.")
     return found
 
 

@@ -54,6 +54,9 @@ class Last:
     """p as measured on dummy inputs, ``(C,)``."""
     total: float
     """O: the mean sum of the layer's inputs on them."""
+    smoothing: float = 0.0
+    """The share of every label that all classes divide between them, as far as the attacker knows; ``count`` takes it
+    off."""
 
     @property
     def sums(self) -> Tensor:
@@ -159,7 +162,9 @@ def greedy_bias(last: Last) -> Tensor:
 def count(last: Last) -> Tensor:
     """Return B labels whose counts are the most likely ones given p, from db if there is a bias, else from S / O."""
     difference = last.bias if last.bias is not None else last.sums / last.total
-    counts = last.batch * (last.probabilities - difference)
+    found = last.batch * (last.probabilities - difference)
+    # What is found are sums of softened labels, (1 - s) n_c + s B / C.
+    counts = (found - last.smoothing * last.batch / len(found)) / (1 - last.smoothing)
     return _rounded(counts, last.batch)
 
 

@@ -111,6 +111,8 @@ _plain(BINS)
 
 WITHOUT_SEARCH = frozenset({"readout", "imprint"})
 """Attacks that have no candidates, hence nothing to repeat a defence on."""
+GENERATIVE = {"latent": "cosine", "ggl": "means", "gias": "cosine", "gifd": "cosine"}
+"""Attacks that search inside a generator, with their objective."""
 STAGED = frozenset({"gias", "gifd"})
 """Attacks of several stages, which an expected distance ends."""
 IMAGES = (TotalVariation(1e-4), Norm(1e-6))
