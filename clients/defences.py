@@ -33,8 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from flowerbed.clients import updates
-from flowerbed.clients.defence import DEFENCES as DEFENCES
-from flowerbed.clients.defence import Defence
+from flowerbed.clients.defence import DEFENCES, Defence
 from flowerbed.clients.dpsgd import DpSgd
 from flowerbed.clients.encodings import Ats, InstaHide, LabelProtection, MixUp
 from flowerbed.clients.half import ClientHalf
@@ -46,6 +45,9 @@ from flowerbed.clients.updates import Update
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ClientError, require, unknown_name
 from flowerbed.models.base import Net
+
+__all__ = ["DEFENCES", "Clip", "Dgc", "NoDefence", "Noise", "Prune", "Qsgd", "Sign", "Soteria", "last_linear"]
+"""The table is exported from here, where it is full."""
 
 RESIDUAL = "defence residual"
 MOMENTUM = "defence momentum"

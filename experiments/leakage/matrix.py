@@ -38,9 +38,9 @@ from flowerbed.experiments.leakage import report
 from flowerbed.experiments.leakage.attacking import attack_run, known_of, useful
 from flowerbed.experiments.leakage.scoring import Summary
 from flowerbed.experiments.simulation import run_simulation
-from flowerbed.experiments.transforms import OBSERVATIONS, SERVER, view_of
+from flowerbed.experiments.transforms import OBSERVATIONS, view_of
 from flowerbed.storage import atomic_write
-from flowerbed.strategies.attacks.observer import stems
+from flowerbed.strategies.attacks.observer import SERVER, stems
 
 KEYS = ("settings", "rounds", "clients", "defences", "attacks", "grant", "normalisation")
 OBLIVIOUS, ADAPTIVE = "oblivious", "adaptive"
