@@ -117,7 +117,7 @@ def complete(kind: str, name: str, given: Mapping[str, Any]) -> tuple[str, dict[
 
 
 def _as_stored(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_as_stored(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _strategy(name: str) -> Thing:
