@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.registry import Registry
@@ -147,9 +146,11 @@ class Smooth(Imitation):
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         if labels.is_floating_point():
             return labels
-        return (1 - self.share) * F.one_hot(labels, classes).to(
+        # Not F.one_hot, which looks at the labels and so does not work under vmap.
+        said = (labels[..., None] == torch.arange(classes, device=labels.device)).to(
             torch.get_default_dtype()
-        ) + self.share / classes
+        )
+        return (1 - self.share) * said + self.share / classes
 
 
 @IMITATIONS.register("dpsgd")
