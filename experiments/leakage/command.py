@@ -31,6 +31,8 @@ then:
 A matrix of attacks, defences and states of the model is one file (flowerbed.experiments.leakage.matrix says how):
   flowerbed attack matrix=leakage.yaml --out runs/leakage
 
+Defences and who knows of them: docs/defences.md; known breaks as matrices: experiments/leakage/breaks.
+
 Only one plain local step gives a gradient; the tool says where an update is none.
 Exit codes: 0 done, 2 it could not start as asked, 130 interrupted.
 """

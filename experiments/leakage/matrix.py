@@ -151,7 +151,7 @@ def run_matrix(plan: Plan, out: Path, say: Say = print) -> list[Cell]:
         known = known_of(own)
         for attack, (name, options) in plan.attacks.items():
             for round_ in plan.rounds:
-                for knows in _attackers(known, name):
+                for knows in attackers(known, name, options):
                     cell = _cell(plan, label, attack, round_, knows, directory, summary, name, options)
                     say(
                         f"{label}, {attack}, round {round_}, {knows}: PSNR {cell.summary['psnr'].mean:.1f} dB, "
@@ -176,9 +176,12 @@ def _made(simulation: Simulation, directory: Path, say: Say, label: str) -> Mapp
     return made
 
 
-def _attackers(known: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return who attacks: knowing of a defence makes a difference only where the attack can make use of it."""
-    return (OBLIVIOUS, ADAPTIVE) if useful(name, known) else (OBLIVIOUS,)
+def attackers(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return who attacks: knowing of a defence makes a difference only where the attack can make use of it.
+
+    What the matrix itself asks of an attack is asked of both.
+    """
+    return (OBLIVIOUS, ADAPTIVE) if useful(name, known).keys() - options.keys() else (OBLIVIOUS,)
 
 
 def _cell(
