@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_softened_labels_are_counted_exactly() -> None:
     found, _ = gradient(net, dict(net.named_parameters()), {}, x, soft)
     with torch.no_grad():
         last = label_rules.last_layer(net, found, 8, x)
-    known = label_rules.Last(last.weight, last.bias, 8, last.probabilities, last.total, imitation.smoothing)
+    known = replace(last, smoothing=imitation.smoothing)
     assert label_rules.restore("count", known).tolist() == y.tolist()
     assert label_rules.restore("count", last).tolist() != y.tolist()
 
