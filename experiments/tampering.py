@@ -9,10 +9,10 @@ from flowerbed.datasets.augment import Scale
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import require
 from flowerbed.experiments.config import Choice, Simulation, build
-from flowerbed.experiments.transforms import OBSERVATIONS
+from flowerbed.experiments.transforms import OBSERVATIONS, view_of
 from flowerbed.server.grids.base import FIRST_NODE_ID
 from flowerbed.strategies.attacks.observation import SideInfo
-from flowerbed.strategies.attacks.observer import Observer
+from flowerbed.strategies.attacks.observer import SERVER, Observer
 from flowerbed.strategies.attacks.tampering import HONEST, TAMPERINGS, MaliciousServer, Tampering
 from flowerbed.strategies.base import FederatedStrategy, ServerTransform
 
@@ -33,8 +33,14 @@ def tampered(
         "tampering acts on the exchanges that are observed; say which, for example observe.rounds=[1].",
     )
     require(
-        not simulation.secure.enabled,
-        f"tampering={choice.name} reads single updates, and secure.enabled hides them; set one of the two.",
+        view_of(simulation) == SERVER,
+        f"tampering={choice.name} reads single updates, and "
+        + (
+            "secure.enabled hides them"
+            if simulation.secure.enabled
+            else "observe.view=released does not show them"
+        )
+        + "; set one of the two.",
     )
     observer = next(transform for transform in found if isinstance(transform, Observer))
     assert strategy.setting is not None
