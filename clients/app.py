@@ -22,7 +22,7 @@ from flowerbed.clients.data import ClientData, ViewCache
 from flowerbed.clients.engine_fast import FastLayers
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.half import ClientHalf
-from flowerbed.clients.local_round import MODEL, Clock, LocalRound, Metric, Reply
+from flowerbed.clients.local_round import MODEL, WORK, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
 from flowerbed.clients.store import ClientState, ClientStore
 from flowerbed.clients.transforms import ClientTransform, Request
@@ -80,6 +80,8 @@ class ClientSpec:
     test samples."""
     validation: Partition | None = None
     """Shares of the data set's validation split, where it has one."""
+    secret: int | None = None
+    """On a device, entropy for noise and keys that nobody else knows; see ``LocalRound.secret``."""
 
     def __call__(self) -> SimulatedApp:
         """Build the ClientApp: grids take the spec itself as their factory."""
@@ -108,6 +110,8 @@ class ClientSpec:
         for transform in self.transforms:
             if type(transform).reply is not ClientTransform.reply:
                 return f"{type(transform).__name__} changes replies one by one"
+            if type(transform).begin is not ClientTransform.begin:
+                return f"{type(transform).__name__} changes the steps of one client at a time"
         return refusal(self.half, self.local)
 
     def loads(self, clients: Sequence[int]) -> Sequence[float]:
@@ -145,6 +149,7 @@ class Sent:
     version: int
     phase: str
     time_limit: float
+    work: float = 1.0
 
     @classmethod
     def of(cls, content: RecordDict) -> Sent:
@@ -158,6 +163,7 @@ class Sent:
             round_ + int(_number(config, messages.EARLIER, 0)),
             str(config.get("phase", "train")),
             _number(config, "time-limit", 0.0),
+            _number(config, WORK, 1.0),
         )
 
 
@@ -211,13 +217,16 @@ class Worker:
     @cached_property
     def stateful(self) -> bool:
         """Whether clients keep anything from one round to the next."""
-        return self.spec.half.stateful or bool(self.private) or self.spec.local.persist
+        spec = self.spec
+        kept = spec.half.stateful or spec.local.persist or any(t.stateful for t in spec.transforms)
+        return kept or bool(self.private)
 
     @cached_property
     def lent(self) -> Mapping[str, Tensor] | None:
         """What a client sends without a copy of it; None where something else than the base class sends it."""
         kind = type(self.spec.half)
-        plain = kind.run is ClientHalf.run and kind.end is ClientHalf.end and not self.spec.transforms
+        replying = [t for t in self.spec.transforms if type(t).reply is not ClientTransform.reply]
+        plain = kind.run is ClientHalf.run and kind.end is ClientHalf.end and not replying
         return {n: v for n, v in self.resident.items() if n not in self.private} if plain else None
 
     def train(self, message: Message, context: Context) -> Message:
@@ -235,6 +244,9 @@ class Worker:
         if sent.time_limit:
             # The clock of a client starts when it is opened, and clients that are together are opened at once.
             self._warn(TIME_LIMIT)
+            return partial(self._run_in_turn, sent)
+        if sent.work != 1.0:
+            self._warn("clients make a part of their steps")
             return partial(self._run_in_turn, sent)
         if agreed is not None and self._engine is None:
             self._engine = self._make_engine(agreed)
@@ -311,6 +323,8 @@ class Worker:
 
     def _trained(self, local: LocalRound) -> tuple[Reply, Mapping[str, Metric]]:
         """Let a client train; return what it sends, and the metrics that are ours."""
+        for transform in self.spec.transforms:
+            transform.begin(local)
         reply = self.spec.half.run(local)
         for transform in self.spec.transforms:
             reply = transform.reply(local, reply)
@@ -353,7 +367,7 @@ class Worker:
         return LocalRound(
             client=client,
             seed=self.spec.seed,
-            clock=Clock(sent.round, self.spec.rounds, steps),
+            clock=Clock(sent.round, self.spec.rounds, steps, sent.work),
             phase=sent.phase,
             config=sent.config,
             received=sent.received,
@@ -371,6 +385,7 @@ class Worker:
             fast=self.fast,
             open_initial=lambda: self.initial,
             open_validation=(lambda: self._data(client, VALIDATION)) if self.spec.validation else None,
+            secret=self.spec.secret,
         )
 
     def _absent(self, local: LocalRound) -> Tensor | None:
@@ -390,6 +405,7 @@ class Worker:
             round=sent.round,
             phase=sent.phase,
             received=sent.received,
+            hidden_seed=self.spec.seed if self.spec.secret is None else self.spec.secret,
         )
 
     @torch.no_grad()

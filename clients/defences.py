@@ -1,4 +1,4 @@
-"""Defences of a client against attacks on its update: what it sends instead.
+"""Defences of a client against attacks on its update: what it sends instead, and all names.
 
 Let u = w_k - w_t be the update of honest training over the model's parameters; the client sends w_t + T(u). Buffers,
 other streams and metrics stay as they are. Statistics are by tensor, as in the attacks' literature.
@@ -6,60 +6,55 @@ other streams and metrics stay as they are. Statistics are by tensor, as in the 
 ===========  =====================================================================  ==================================
 name         T(u)                                                                   an attacker who knows of it
 ===========  =====================================================================  ==================================
-``noise``    u + N(0, s^2), s = ``std`` (times the RMS of u, if relative)           expects D > 0 at the truth
-``clip``     u min(1, c / |u|), over all tensors together                           need not care: a cosine is blind
+``noise``    u + N(0, s^2) or Laplace of that deviation, s = ``std`` (times the     l1 for Laplace (the cosine is the
+             RMS of u, if relative)                                                 likelihood of Gaussian noise)
+``clip``     u min(1, c / |u|), over all tensors together                           bounds candidates alike
 ``prune``    the ``keep`` share of the largest |u| of each tensor, 0 elsewhere      compares the rest alone
+``dgc``      the same of what has been owed so far, with momentum                   compares the rest alone
 ``sign``     sign(u) times the mean of |u|                                          compares soft signs
 ``qsgd``     |u|_2 sign(u) l / levels, l drawn so that the mean is u                need not care: it has no bias
-``soteria``  the head's input features that tell most of x for their size lose      sees the columns that are 0
+``soteria``  the head's input features that tell most of x for their size lose      leaves the layer out
              their columns of the head's weight (Sun et al. 2021)
 ===========  =====================================================================  ==================================
 
-``prune`` with feedback adds what it left out to the next update (as in Deep Gradient Compression, Lin et al. 2018,
-without its momentum and warm-up): a residual that the client keeps.
+``prune`` with feedback adds what it left out to the next update: a residual that the client keeps. The others are in
+``flowerbed.clients.dpsgd`` (gradients of single examples), ``flowerbed.clients.encodings`` (what is trained on) and
+``flowerbed.clients.model_defences`` (what is trained); docs/defences.md has all of them with what breaks them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowerbed.clients import updates
-from flowerbed.clients.local_round import MODEL, LocalRound, Reply
+from flowerbed.clients.defence import DEFENCES, Defence
+from flowerbed.clients.dpsgd import DpSgd
+from flowerbed.clients.encodings import Ats, InstaHide, LabelProtection, MixUp
+from flowerbed.clients.half import ClientHalf
+from flowerbed.clients.local_round import MODEL, LocalRound
+from flowerbed.clients.model_defences import Precode
+from flowerbed.clients.params import LocalParams
 from flowerbed.clients.training import own_batches
-from flowerbed.clients.transforms import ClientTransform
 from flowerbed.clients.updates import Update
-from flowerbed.errors import ClientError, require
+from flowerbed.datasets.dataset import Dataset
+from flowerbed.errors import ClientError, require, unknown_name
 from flowerbed.models.base import Net
-from flowerbed.registry import Registry
 
-DEFENCES: Registry[type[Defence]] = Registry("defence")
+__all__ = ["DEFENCES", "Clip", "Dgc", "NoDefence", "Noise", "Prune", "Qsgd", "Sign", "Soteria", "last_linear"]
+"""The table is exported from here, where it is full."""
+
 RESIDUAL = "defence residual"
-
-
-class Defence(ClientTransform):
-    """Base of defences: a change of the update of the model's parameters."""
-
-    imitation: str = "none"
-    """What of it an attacker can repeat on candidates: see ``flowerbed.strategies.attacks.inversion``."""
-
-    @property
-    def floor(self) -> float:
-        """The cosine distance to expect between the true update and the defended one, as far as that is noise."""
-        return 0.0
-
-    def changed(self, update: Update, local: LocalRound) -> Update:
-        """Return what is sent in place of ``update``, float64 tensors by stream and name."""
-        return update
-
-    def reply(self, local: LocalRound, reply: Reply) -> Reply:
-        start = {n: v.to(local.device) for n, v in local.received[MODEL].items()}
-        update = updates.update_of({MODEL: reply.streams[MODEL]}, start, local.info.parameters)
-        changed = self.changed(update, local)
-        return replace(reply, streams=updates.with_update(reply.streams, start, changed))
+MOMENTUM = "defence momentum"
+KINDS = ("gaussian", "laplace")
+HEAD = "head"
+WARMUP = 0.25
+"""Share of the entries that DGC keeps in its first round; its powers follow."""
 
 
 @DEFENCES.register("none")
@@ -71,26 +66,32 @@ class NoDefence(Defence):
 @DEFENCES.register("noise")
 @dataclass(frozen=True)
 class Noise(Defence):
-    """Gaussian noise on every coordinate, without any clipping: no differential privacy."""
+    """Noise on every coordinate, without any clipping: no differential privacy."""
 
     std: float = 1.0
     """Standard deviation of the noise."""
     relative: bool = True
     """Whether in units of the update's root mean square over all tensors."""
+    kind: str = "gaussian"
+    """gaussian or laplace."""
 
     def __post_init__(self) -> None:
         require(self.std >= 0, f"defence.std is {self.std}; give 0 or more.")
+        require(self.kind in KINDS, unknown_name("kind of noise", self.kind, KINDS))
 
-    @property
-    def floor(self) -> float:
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        if self.kind == "laplace":
+            return {"objective": "l1-relative"}
         # |u + n|^2 is about (1 + q^2) |u|^2 and <u, n> about 0.
-        return 1 - 1 / math.sqrt(1 + self.std**2) if self.relative else 0.0
+        floor = 1 - 1 / math.sqrt(1 + self.std**2)
+        return {"floor": floor} if self.relative else {"update_noise": self.std}
 
     def changed(self, update: Update, local: LocalRound) -> Update:
         count = sum(value.numel() for value in update.values())
         std = self.std * (updates.norm(update) / count**0.5 if self.relative else 1.0)
         generator = local.generator("defence noise")
-        return {key: value + updates.gaussian_like(value, std, generator) for key, value in update.items()}
+        draw = updates.gaussian_like if self.kind == "gaussian" else _laplace_like
+        return {key: value + draw(value, std, generator) for key, value in update.items()}
 
 
 @DEFENCES.register("clip")
@@ -103,6 +104,9 @@ class Clip(Defence):
 
     def __post_init__(self) -> None:
         require(self.bound > 0, f"defence.bound is {self.bound}; give a number above 0.")
+
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        return {"imitation": "clip"}
 
     def changed(self, update: Update, local: LocalRound) -> Update:
         factor = updates.clip_factor(updates.norm(update), self.bound)
@@ -119,10 +123,15 @@ class Prune(Defence):
     feedback: bool = False
     """Whether what was left out is added to the client's next update."""
 
-    imitation = "mask"
-
     def __post_init__(self) -> None:
         require(0 < self.keep <= 1, f"defence.keep is {self.keep}; give a share above 0, at most 1.")
+
+    @property
+    def stateful(self) -> bool:
+        return self.feedback
+
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        return {"imitation": "mask"}
 
     def changed(self, update: Update, local: LocalRound) -> Update:
         owed = local.state.get(RESIDUAL, {}) if self.feedback else {}
@@ -136,12 +145,70 @@ class Prune(Defence):
         return sent
 
 
+@DEFENCES.register("dgc")
+@dataclass(frozen=True)
+class Dgc(Defence):
+    """Deep Gradient Compression: the largest entries of what a client owes, with momentum (Lin et al. 2018).
+
+    v <- m v + u,  r <- r + v,  M marks the largest entries of |r| in each tensor: sent is r M, and r and v are 0 there
+    afterwards (accumulation, momentum correction and momentum factor masking of the paper).
+    """
+
+    keep: float = 0.001
+    """Share of the entries of a tensor that are sent after the warm-up, at least one of them."""
+    momentum: float = 0.9
+    """m. It takes the place of local.momentum, and like that makes steps 1 / (1 - m) times as long."""
+    warmup: int = 4
+    """Rounds in which more is sent: a quarter of the entries, then a quarter of that, and so on."""
+    bound: float = 0.0
+    """Largest norm of an update before it is added up; 0 is none."""
+
+    stateful = True
+
+    def __post_init__(self) -> None:
+        require(0 < self.keep <= 1, f"defence.keep is {self.keep}; give a share above 0, at most 1.")
+        require(0 <= self.momentum < 1, f"defence.momentum is {self.momentum}; give a number in [0, 1).")
+        require(self.warmup >= 0, f"defence.warmup is {self.warmup}; give 0 (none) or more rounds.")
+        require(self.bound >= 0, f"defence.bound is {self.bound}; give 0 (none) or more.")
+
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        return {"imitation": "mask"}
+
+    def check(self, half: ClientHalf, module: nn.Module, local: LocalParams, dataset: Dataset) -> None:
+        require(
+            not (self.momentum and local.momentum and local.optimizer == "sgd"),
+            "defence=dgc has a momentum of its own (defence.momentum), which takes the place of local.momentum; set "
+            "one of them to 0.",
+        )
+
+    def keep_at(self, round_: int) -> float:
+        """Return the share that is sent in a round, from 1."""
+        return max(self.keep, WARMUP**round_) if round_ <= self.warmup else self.keep
+
+    def changed(self, update: Update, local: LocalRound) -> Update:
+        factor = updates.clip_factor(updates.norm(update), self.bound) if self.bound else 1.0
+        owed, moving = (local.state.get(group, {}) for group in (RESIDUAL, MOMENTUM))
+        sent, residuals, velocities = {}, {}, {}
+        for key, value in update.items():
+            name = key[1]
+            velocity = factor * value
+            if name in moving:
+                velocity = velocity + self.momentum * moving[name].to(value.device)
+            residual = velocity + owed[name].to(value.device) if name in owed else velocity
+            sent[key] = _largest(residual, self.keep_at(local.clock.round))
+            left = (sent[key] == 0).to(value.dtype)
+            residuals[name], velocities[name] = residual * left, velocity * left
+        local.state[RESIDUAL], local.state[MOMENTUM] = residuals, velocities
+        return sent
+
+
 @DEFENCES.register("sign")
 @dataclass(frozen=True)
 class Sign(Defence):
     """One bit an entry and one size a tensor."""
 
-    imitation = "sign"
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        return {"imitation": "sign"}
 
     def changed(self, update: Update, local: LocalRound) -> Update:
         return {key: value.sign() * value.abs().mean() for key, value in update.items()}
@@ -186,11 +253,19 @@ class Soteria(Defence):
     """Share of the features whose columns are 0."""
     epsilon: float = 0.1
 
-    imitation = "mask"
-
     def __post_init__(self) -> None:
         require(0 <= self.prune < 1, f"defence.prune is {self.prune}; give a share, at least 0, below 1.")
         require(self.epsilon > 0, f"defence.epsilon is {self.epsilon}; give a number above 0.")
+
+    def known(self, local: LocalParams) -> Mapping[str, Any]:
+        # Balunovic et al. 2022; imitation=mask reads the columns off the gradient and uses the others (as GGL does).
+        return {"imitation": {"name": "drop", "layers": [f"{HEAD}.weight"]}}
+
+    def check(self, half: ClientHalf, module: nn.Module, local: LocalParams, dataset: Dataset) -> None:
+        require(
+            last_linear(module) is not None,
+            "defence=soteria changes a last linear layer, and the model has none; choose another model or defence.",
+        )
 
     def changed(self, update: Update, local: LocalRound) -> Update:
         name = last_linear(local.model)
@@ -232,7 +307,7 @@ class Soteria(Defence):
 def last_linear(module: nn.Module) -> str | None:
     """Return the name of a model's last layer, if it is its head and linear."""
     head = module.head if isinstance(module, Net) else None
-    return "head" if isinstance(head, nn.Linear) else None
+    return HEAD if isinstance(head, nn.Linear) else None
 
 
 def _largest(value: Tensor, share: float) -> Tensor:
@@ -242,3 +317,22 @@ def _largest(value: Tensor, share: float) -> Tensor:
     chosen = flat.abs().argsort(descending=True, stable=True)[:count]
     kept[chosen] = flat[chosen]
     return kept.view(value.shape)
+
+
+def _laplace_like(value: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Return independent Laplace numbers of standard deviation ``std``: scale std / sqrt(2)."""
+    drawn = torch.rand(value.shape, generator=generator, dtype=torch.float64, device=value.device) - 0.5
+    # The inverse of the distribution function; 1 - 2 |u| is above 0 but for u = -1/2 itself.
+    size = -(1 - 2 * drawn.abs()).clamp(min=torch.finfo(torch.float64).tiny).log()
+    return drawn.sign() * size * (std / math.sqrt(2))
+
+
+for _name, _kind in {
+    "dpsgd": DpSgd,
+    "mixup": MixUp,
+    "instahide": InstaHide,
+    "labels": LabelProtection,
+    "ats": Ats,
+    "precode": Precode,
+}.items():
+    DEFENCES.add(_name, _kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,15 @@ from flowerbed.models.parts import ModelParts
 from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 
+if TYPE_CHECKING:
+    from flowerbed.clients.training import Estimate
+
 Extras = Mapping[str, Any]
 """What ``begin`` hands to the hooks: named tensors, or mappings of names to tensors."""
 Metric = int | float | list[int] | list[float]
 
+WORK = "work"
+"""Setting of a message: the share of a round's steps that the client makes; everything where it is missing."""
 MODEL = "arrays"
 """The stream that carries the model; Flower's own strategies use the same name."""
 
@@ -36,7 +41,9 @@ class Clock:
     round: int
     rounds: int
     steps: int
-    """Optimizer steps of one round."""
+    """Optimizer steps of one round, by which the clock counts."""
+    work: float = 1.0
+    """Share of them that the client makes, at least one: a weak device does the first part of its round."""
 
     @property
     def first_step(self) -> int:
@@ -44,9 +51,14 @@ class Clock:
         return (self.round - 1) * self.steps
 
     @property
+    def made(self) -> int:
+        """The optimizer steps that the client makes in this round."""
+        return self.steps if self.work == 1.0 else min(self.steps, max(1, round(self.work * self.steps)))
+
+    @property
     def all_steps(self) -> range:
-        """The clock of every step of this round."""
-        return range(self.first_step, self.first_step + self.steps)
+        """The clock of every step that is made in this round."""
+        return range(self.first_step, self.first_step + self.made)
 
 
 @dataclass
@@ -85,6 +97,14 @@ class LocalRound:
     open_initial: Callable[[], Tensors] = dict
     """Returns the run's initial model, the same for every client; by default nothing is known of it."""
     open_validation: Callable[[], ClientData] | None = None
+    secret: int | None = None
+    """Entropy for noise and keys that nobody but this client knows; None in a simulation, where the seed serves."""
+    alter: Callable[[Batch, int], Batch] | None = None
+    """Changes the batch of a clock before any loss sees it; a client transform's, like the next two."""
+    estimate: Estimate | None = None
+    """Makes the gradients of every step in place of one backward pass."""
+    term: Callable[[ModelParts], Tensor] | None = None
+    """Added to every loss, evaluated after it; a scalar."""
 
     @cached_property
     def train_data(self) -> ClientData:
@@ -109,6 +129,17 @@ class LocalRound:
     def generator(self, purpose: str) -> torch.Generator:
         """Return this client's own random stream for ``purpose`` in this round."""
         return seeds.torch_rng(self.seed, purpose, self.client, self.clock.round, device=self.device.type)
+
+    @property
+    def hidden_seed(self) -> int:
+        """The seed of what must stay hidden from the server."""
+        return self.seed if self.secret is None else self.secret
+
+    def hidden_generator(self, purpose: str) -> torch.Generator:
+        """Return this client's stream for ``purpose`` in this round, which on a device the server cannot repeat."""
+        return seeds.torch_rng(
+            self.hidden_seed, purpose, self.client, self.clock.round, device=self.device.type
+        )
 
     def received_model(self) -> Tensors:
         """Return a copy of the model as it was received, on this round's device."""

@@ -44,7 +44,7 @@ class Secrets:
 
     @classmethod
     def draw(cls, seed: int, client: int, round_: int) -> Secrets:
-        """Return the secrets of a client in a round, a pure function of the run's seed."""
+        """Return the secrets of a client in a round, a pure function of its seed."""
         drawn = seeds.numpy_rng(seed, "secure aggregation", client, round_).bytes(3 * SECRET_BYTES)
         return cls(*(drawn[i * SECRET_BYTES : (i + 1) * SECRET_BYTES] for i in range(3)))
 

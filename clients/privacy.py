@@ -4,8 +4,8 @@ Client k sends  w_t + u_k min(1, C / ||u_k||) + N(0, (z C)^2 I),  u_k = w_k - w_
 parameters and every further stream together (these count as they are, from zero). So the server needs no trust.
 What is not protected, and not noised: BatchNorm statistics, the metrics of training and all of evaluation.
 
-The noise of a simulation comes from the run's seeded streams and is reproducible; where privacy is meant in
-earnest the seed must be secret.
+The noise of a simulation comes from the run's seeded streams and is reproducible; that of a device comes from a
+secret of its own, since whoever knows the seed could take the noise away.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LocalPrivacy(ClientTransform):
         start = {n: v.to(local.device) for n, v in local.received[MODEL].items()}
         update = updates.update_of(reply.streams, start, local.info.parameters)
         factor = updates.clip_factor(updates.norm(update), self.clip)
-        generator = local.generator("privacy noise")
+        generator = local.hidden_generator("privacy noise")
         private = {
             key: value * factor + updates.gaussian_like(value, self.noise * self.clip, generator)
             for key, value in update.items()

@@ -34,7 +34,7 @@ class SecureMasking(ClientTransform):
     def answer(self, request: Request) -> Reply | None:
         if request.phase not in (KEYS, SHARES, UNMASK):
             return None
-        secrets = Secrets.draw(request.seed, request.client, request.round)
+        secrets = Secrets.draw(request.hidden_seed, request.client, request.round)
         if request.phase == KEYS:
             keys = {"cipher": secrets.cipher, "mask": secrets.mask}
             return _reply({name: rows([masking.public_key(key)]) for name, key in keys.items()})
@@ -48,7 +48,7 @@ class SecureMasking(ClientTransform):
         return self.reply(local, reply)
 
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
-        secrets = Secrets.draw(local.seed, local.client, local.clock.round)
+        secrets = Secrets.draw(local.hidden_seed, local.client, local.clock.round)
         found = local.received[SECURE]
         position, alive = _position(found["mask"], secrets.mask), found["alive"].tolist()
         around = masking.neighbours(position, len(alive), self.params.neighbours)
@@ -77,7 +77,7 @@ class SecureMasking(ClientTransform):
         """Return, for every neighbour in order, this client's share of both secrets that only it can read."""
         around = masking.neighbours(position, len(cipher), self.params.neighbours)
         needed = masking.shares_needed(len(around), self.params.threshold)
-        rng = seeds.numpy_rng(request.seed, "secure shares", request.client, request.round)
+        rng = seeds.numpy_rng(request.hidden_seed, "secure shares", request.client, request.round)
         own = masking.split(secrets.own, len(around), needed, rng)
         mask = masking.split(secrets.mask, len(around), needed, rng)
         sealed = []

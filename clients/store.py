@@ -75,17 +75,22 @@ class DiskStore:
     So pruning looks at the clients of the rounds that have passed, each once, and never at all of them.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, durable: bool = False) -> None:
+        """``durable`` waits until what was written has reached the disk, which survives a loss of power."""
         self.root = Path(root)
+        self.durable = durable
         self._notes: tuple[str, int] | None = None
         """The path and the descriptor of the file of notes that this process writes."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root, "_notes": None}
+        return {**self.__dict__, "_notes": None}
 
     def _folder(self, client: int) -> Path:
         # Two levels, so that a directory never holds more than about a thousand entries of a million clients.
         return self.root / f"{client // 1000:04d}" / f"{client:07d}"
+
+    def _path(self, client: int, round_: int) -> Path:
+        return self._folder(client) / _file(round_)
 
     def _rounds(self, folder: Path) -> list[int]:
         if not folder.is_dir():
@@ -101,7 +106,7 @@ class DiskStore:
         self._note(client, round_)
         folder = self._folder(client)
         folder.mkdir(parents=True, exist_ok=True)
-        save_groups(folder / _file(round_), state)
+        save_groups(folder / _file(round_), state, durable=self.durable)
 
     def rewind(self, to_round: int) -> None:
         for folder in self.root.glob("[0-9]*/*"):

@@ -122,9 +122,17 @@ def train(
     if params.persist:
         rule.restore(local.state, scope)
     batches = batches or own_batches(local, params)
+    if local.term is not None:
+        loss = _with_term(loss, local.term)
+    if local.estimate is not None and hooks.estimate is not None:
+        raise ClientError(
+            "the algorithm makes its gradients by itself, and so does a transform of the clients (defence=); they do "
+            "not combine"
+        )
     parts = replace(local.parts, low=torch.bfloat16) if params.precision == "bfloat16" else local.parts
-    fast = local.fast if hasattr(loss, ONE_CALL) and hooks.estimate is None else None
-    estimate = hooks.estimate or backpropagate
+    estimate = local.estimate or hooks.estimate
+    fast = local.fast if hasattr(loss, ONE_CALL) and estimate is None else None
+    estimate = estimate or backpropagate
     if fast is not None and rule.plain and hooks.correct is None and not (further or params.clip_norm):
         estimate = fast.descend
     reported = _Reported()
@@ -141,6 +149,8 @@ def train(
             if local.deadline is not None and time.monotonic() > local.deadline:
                 raise TimeLimitError(f"time limit exceeded after {index - steps.start} steps")
             batch = batches(index)
+            if local.alter is not None:
+                batch = local.alter(batch, index)
             lr = params.lr_at(index, clock.steps, clock.rounds)
             if fast is not None:
                 fast.lr = lr
@@ -169,6 +179,18 @@ def train(
         metrics=reported.means(),
         counts={name: count.tolist() for name, count in reported.counts.items()},
     )
+
+
+def _with_term(loss: Loss, term: Callable[[ModelParts], Tensor]) -> Loss:
+    """Return the loss plus a term of the model alone."""
+
+    def found(
+        parts: ModelParts, batch: Batch, extras: Extras, task: Task
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        value, metrics = loss(parts, batch, extras, task)
+        return value + term(parts), metrics
+
+    return found
 
 
 @dataclass

@@ -25,14 +25,24 @@ class Request:
     phase: str
     received: Mapping[str, Mapping[str, Tensor]]
     """Streams that the server sent, read-only."""
+    hidden_seed: int = 0
+    """The seed of what must stay hidden from the server; in a simulation the run's."""
 
 
 class ClientTransform:
     """Base of client transforms; every method may be left as it is. Picklable, without state of its own."""
 
+    @property
+    def stateful(self) -> bool:
+        """Whether it keeps anything in ``LocalRound.state`` from one round to the next."""
+        return False
+
     def data(self, client: int, data: ClientData) -> ClientData:
         """Return the training data that the client uses."""
         return data
+
+    def begin(self, local: LocalRound) -> None:
+        """Prepare a training round before the algorithm's: set the optional functions of ``local``."""
 
     def reply(self, local: LocalRound, reply: Reply) -> Reply:
         """Return what the client sends; memory across rounds belongs in ``local.state``."""

@@ -99,7 +99,8 @@ def pseudo_label_counts(labels: Tensor, kept: Tensor, truth: Tensor, num_classes
     """Return how many pseudo-labels were kept and right, as counts per class (int64) that add up.
 
     ``labels`` and ``truth`` are int64 ``(B,)``, ``kept`` is bool ``(B,)``. Coverage is the sum of ``KEPT`` over
-    the sum of ``TOTAL``, precision that of ``CORRECT`` over that of ``KEPT``.
+    the sum of ``TOTAL``, precision that of ``CORRECT`` over that of ``KEPT``. Where nobody knows the truth, which reads
+    -1 on a real device, a sample is in neither ``TOTAL`` nor ``CORRECT``.
     """
 
     def by_class(classes: Tensor, counted: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def pseudo_label_counts(labels: Tensor, kept: Tensor, truth: Tensor, num_classes
     return {
         KEPT: by_class(labels, kept),
         CORRECT: by_class(labels, kept & (labels == truth)),
-        TOTAL: by_class(truth, torch.ones_like(truth)),
+        TOTAL: by_class(truth.clamp_min(0), truth >= 0),
     }
 
 

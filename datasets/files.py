@@ -7,6 +7,7 @@ import os
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +17,9 @@ from flowerbed.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]
 """Called during a download with the file's name, the bytes so far and the total, if the server told it."""
+
+Busy = Callable[[str], AbstractContextManager[object]]
+"""Called with what is about to take long, such as decoding; the context ends when it is over."""
 
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60

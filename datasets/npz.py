@@ -51,7 +51,7 @@ class NpzFile:
         task = "classification" if train.labels.dim() == 1 else "next-token"
         names = arrays.get("classes")
         count = 1 + max(int(split.labels.max()) for split in (train, test) if len(split))
-        mean, std = _statistics(train.inputs)
+        mean, std = statistics(train.inputs)
         return Dataset(
             name=found.files[0].stem,
             train=train,
@@ -83,7 +83,8 @@ class NpzFile:
         return Split(as_tensor(np.ascontiguousarray(inputs)), as_tensor(labels.astype(np.int64)), extras)
 
 
-def _statistics(inputs: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(inputs: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of each channel or feature of inputs; token ids are not scaled."""
     if inputs.dtype == torch.int64:
         return (0.0,), (1.0,)
     if inputs.dtype == torch.uint8:

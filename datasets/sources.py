@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -14,7 +15,9 @@ from flowerbed.datasets import cache
 from flowerbed.datasets.dataset import Dataset
 from flowerbed.datasets.digits import Digits
 from flowerbed.datasets.excerpt import Excerpt, NoisyLabels
-from flowerbed.datasets.files import Found, Progress, Search
+from flowerbed.datasets.files import Busy, Found, Progress, Search
+from flowerbed.datasets.hugging_face import PREFIX as HUGGING_FACE
+from flowerbed.datasets.hugging_face import HuggingFace
 from flowerbed.datasets.images import Cifar10, Cifar100, FashionMnist, Mnist, Usps
 from flowerbed.datasets.npz import NpzFile
 from flowerbed.datasets.pacs import Pacs
@@ -49,15 +52,18 @@ def load_dataset(
     cache_dir: str | Path | None = None,
     download: bool = True,
     progress: Progress | None = None,
+    busy: Busy = contextlib.nullcontext,
     **options: Any,
 ) -> Dataset:
     """Return the data set called ``name``.
 
-    ``name`` is one of ``DATASETS``, ``npz:PATH`` (see ``NpzFile``), or ``package.module:factory``, where the
-    factory takes ``options`` and returns a ``Dataset`` or a ``DataSource``. Files are looked for in
-    ``data_dir`` (default: the environment variable ``FLOWERBED_DATA``), then downloaded from the official
-    place if ``download`` allows it. The decoded set is kept in ``cache_dir`` (default: ``FLOWERBED_CACHE``,
-    else the user's cache folder). ``options`` are the source's own, for example ``labels="coarse"``.
+    ``name`` is one of ``DATASETS``, ``npz:PATH`` (see ``NpzFile``), ``hf:NAME`` (see ``HuggingFace``), or
+    ``package.module:factory``, where the factory takes ``options`` and returns a ``Dataset`` or a
+    ``DataSource``. Files are looked for in ``data_dir`` (default: the environment variable
+    ``FLOWERBED_DATA``), then downloaded from the official place if ``download`` allows it. The decoded set is
+    kept in ``cache_dir`` (default: ``FLOWERBED_CACHE``, else the user's cache folder). ``progress`` and
+    ``busy`` hear of downloads and of decoding. ``options`` are the
+    source's own, for example ``labels="coarse"``.
 
     Raises ``ConfigError`` for an unknown name or option, ``DataError`` with the remedy for data that is
     missing, damaged or fails its checksum.
@@ -79,13 +85,18 @@ def load_dataset(
         return _read(name, source, found)
     folder = cache_root / "decoded" / cache.cache_key(name, _options(source), found)
     cached = cache.load(folder)
-    return cached if cached is not None else cache.store(folder, _read(name, source, found))
+    if cached is not None:
+        return cached
+    with busy(f"decoding {name}"):
+        return cache.store(folder, _read(name, source, found))
 
 
 def _build(name: str, options: dict[str, Any]) -> DataSource | Dataset:
     factory: Callable[..., DataSource | Dataset]
     if name.startswith(_NPZ):
         factory = functools.partial(NpzFile, name.removeprefix(_NPZ))
+    elif name.startswith(HUGGING_FACE):
+        factory = functools.partial(HuggingFace, name.removeprefix(HUGGING_FACE))
     else:
         factory = DATASETS.get(name)
     signature = inspect.signature(factory)

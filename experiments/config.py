@@ -13,6 +13,7 @@ from flowerbed.clients.cohort_params import CohortOptions
 from flowerbed.clients.params import ENDS_WITH_THE_RUN, LocalParams
 from flowerbed.clients.transform_params import ByzantineParams, PrivacyParams, SecureParams
 from flowerbed.errors import ConfigError, require, unknown_name
+from flowerbed.server.device_params import NONE, DeviceParams
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 
 # What a run is, as opposed to where and how it is computed: these sections alone decide the final model.
@@ -31,6 +32,8 @@ IDENTITY = (
     "privacy",
     "byzantine",
     "secure",
+    "devices",
+    "tampering",
     "evaluation",
     "stop",
 )
@@ -45,7 +48,10 @@ NEUTRAL = (
 
 
 ENGINES = ("generic", "cohort", "auto")
+TRACKERS = ("none", "wandb", "tensorboard")
+WANDB_MODES = ("offline", "online", "disabled")
 EXCHANGES = ("auto", "messages", "pooled")
+VIEWS = ("server", "released")
 
 
 @dataclass(frozen=True)
@@ -210,8 +216,12 @@ class ObserveParams:
     """Rounds whose exchanges are kept; () keeps none."""
     clients: tuple[int, ...] = ()
     """Clients that are observed; () means all that answer."""
+    view: str = "server"
+    """server: what the server sees, one exchange with every client, or the mean of a cohort with secure.enabled;
+    released: the model that a round ends with, which all that take part in the next one see."""
 
     def __post_init__(self) -> None:
+        require(self.view in VIEWS, unknown_name("view", self.view, VIEWS))
         object.__setattr__(self, "rounds", tuple(self.rounds))
         object.__setattr__(self, "clients", tuple(self.clients))
         require(
@@ -230,13 +240,18 @@ class TrackingParams:
     """Experiment tracking beside the run directory."""
 
     name: str = "none"
-    """none or wandb."""
+    """none, wandb or tensorboard."""
     project: str = "flowerbed"
+    """wandb's project."""
     mode: str | None = None
-    """wandb's mode; None means online where there is a key, else offline."""
+    """wandb's mode: offline, online (needs a key) or disabled; None means WANDB_MODE, else offline."""
 
     def __post_init__(self) -> None:
-        require(self.name in ("none", "wandb"), unknown_name("tracker", self.name, ("none", "wandb")))
+        require(self.name in TRACKERS, unknown_name("tracker", self.name, TRACKERS))
+        require(
+            self.mode is None or self.mode in WANDB_MODES,
+            unknown_name("tracking.mode", str(self.mode), WANDB_MODES),
+        )
 
 
 @dataclass(frozen=True)
@@ -256,6 +271,8 @@ class Simulation:
     privacy: PrivacyParams = field(default_factory=PrivacyParams)
     byzantine: ByzantineParams = field(default_factory=ByzantineParams)
     secure: SecureParams = field(default_factory=SecureParams)
+    devices: DeviceParams = field(default_factory=DeviceParams)
+    tampering: Choice = Choice("none")
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     stop: StopParams = field(default_factory=StopParams)
     data: DataParams = field(default_factory=DataParams)
@@ -267,6 +284,11 @@ class Simulation:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        require(
+            not self.secure.enabled or self.devices.compression == NONE,
+            "secure.enabled masks every number of an update, so that none can be left out: set "
+            "devices.compression=none (secure.bits says how many bits a number takes).",
+        )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Simulation:
@@ -305,15 +327,22 @@ class Simulation:
             # Such a schedule ends with the run, so here the number of rounds decides every step.
             plain["federation"]["rounds"] = self.federation.rounds
         # What is off decides nothing, and leaves the runs of before it existed what they were.
-        for section, key in (("initial", "sha256"), ("evaluation", "measures")):
+        for section, key in (("initial", "sha256"), ("evaluation", "measures"), ("evaluation", "sharded")):
             if not plain[section][key]:
                 plain[section].pop(key)
         if self.initial.part == "all":
             plain["initial"].pop("part")
+        if self.devices == DeviceParams():
+            plain.pop("devices")
         if self.local.schedule != "multistep":
             plain["local"].pop("milestones")
         if self.defence.name == "none":
             plain.pop("defence")
+        if self.tampering.name == "none":
+            plain.pop("tampering")
+        else:
+            # A tampered round trains nothing, so which ones are decides the model.
+            plain["tampering"] |= {"rounds": self.observe.rounds, "clients": self.observe.clients}
         if not self.local.replacement:
             plain["local"].pop("replacement")
         for key in ("beta2", "eps"):
@@ -330,6 +359,7 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyParams,
     "byzantine": ByzantineParams,
     "secure": SecureParams,
+    "devices": DeviceParams,
     "evaluation": EvaluationParams,
     "stop": StopParams,
     "data": DataParams,
@@ -339,7 +369,7 @@ SECTIONS: dict[str, type] = {
     "run": RunParams,
     "tracking": TrackingParams,
 }
-CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence")
+CHOICES = ("strategy", "dataset", "partition", "encoder", "model", "defence", "tampering")
 
 
 def _section(key: str, value: Any) -> Any:

@@ -16,6 +16,7 @@ from flowerbed.clients.store import DiskStore
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.composition import compose_simulations
 from flowerbed.experiments.parts import Parts, build_parts
+from flowerbed.experiments.progress import waiting
 from flowerbed.experiments.simulation import make_federation, open_grid
 from flowerbed.pooling import blocks
 from flowerbed.server.grids.base import SimulationGrid
@@ -38,7 +39,8 @@ def explain(arguments: Sequence[str], as_json: bool = False) -> int:
     if flags:
         raise ConfigError(f"explain knows no flag {flags[0]}; give settings, KEY=VALUE.")
     (simulation,) = compose_simulations(arguments)
-    found = decisions(build_parts(simulation))
+    with waiting("loading data and measuring kernels"):
+        found = decisions(build_parts(simulation))
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -7,6 +7,7 @@ class gets a twin: the same keys and defaults, unfrozen, in types that OmegaConf
 from __future__ import annotations
 
 import copy
+import copyreg
 import dataclasses
 import types
 import typing
@@ -25,6 +26,9 @@ PLAIN = (int, float, str, bool)
 CONF = Path(__file__).parent / "conf"
 NAMED = ("grid", "tracking")
 """Sections that are also groups: ``grid=ray`` sets ``grid.name``."""
+# Launchers with processes of their own get the twins by value, and give them back with their jobs' results. The mark
+# of a field without a default is compared by identity, so it has to stay the one object.
+copyreg.pickle(type(dataclasses.MISSING), lambda _: "MISSING")
 
 
 def register(chosen: Mapping[str, Iterable[str]]) -> None:

@@ -75,21 +75,28 @@ def simulate(arguments: Sequence[str], as_json: bool = False) -> int:
 def _attacked(arguments: Sequence[str], attack: Sequence[str], as_json: bool) -> int:
     """Run, observed in its first round unless other rounds are asked for, and attack what was observed."""
     from flowerbed.experiments.leakage import command
+    from flowerbed.strategies.attacks.presets import TAMPERINGS
 
+    # A name or an option that does not exist shall not cost a run.
+    command.check(attack)
+    asked = [text.partition("=")[0] for text in arguments]
+    further = [] if "observe.rounds" in asked else ["observe.rounds=[1]"]
+    tampering = TAMPERINGS.get(command.read(attack)[0])
+    if tampering is not None and "tampering" not in asked:
+        further.append(f"tampering={tampering}")
+    # In front of all settings, so that tampering.KEY=VALUE finds what it sets; flags may stand before them.
+    first = next((i for i, text in enumerate(arguments) if "=" in text and text[0] != "-"), len(arguments))
+    arguments = [*arguments[:first], *further, *arguments[first:]]
     flags = get_args_parser().parse_args(list(arguments))
     if flags.multirun:
         raise ConfigError(
             "attack= follows a single run; attack a sweep with flowerbed attack matrix=FILE.yaml."
         )
-    # A name or an option that does not exist shall not cost a run.
-    command.check(attack)
-    observed = any(text.startswith("observe.rounds=") for text in arguments)
-    further = [] if observed else ["observe.rounds=[1]"]
     (simulation,) = compose_simulations(
         flags.overrides, config_dir=flags.config_dir, config_name=flags.config_name or "config"
     )
     directory = _directory(simulation)
-    code = simulate([*arguments, *further, _override("run.dir", directory)], as_json)
+    code = simulate([*arguments, _override("run.dir", directory)], as_json)
     return code or command.main([str(directory), *attack], as_json)
 
 

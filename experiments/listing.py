@@ -19,6 +19,7 @@ PLURALS = {
     "partitions": "partition",
     "encoders": "encoder",
     "defences": "defence",
+    "tamperings": "tampering",
 }
 
 

@@ -22,7 +22,7 @@ from flowerbed.registry import Registry
 
 REQUIRED: Final = dataclasses.MISSING
 """The default of an option that must be given."""
-KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model", "defence")
+KINDS: Final = ("strategy", "dataset", "partition", "encoder", "model", "defence", "tampering")
 """The kinds of things that are chosen by name."""
 
 
@@ -77,6 +77,10 @@ def registry(kind: str) -> Registry[Any]:
         from flowerbed.clients.defences import DEFENCES
 
         return DEFENCES
+    if kind == "tampering":
+        from flowerbed.strategies.attacks.tampering import TAMPERINGS
+
+        return TAMPERINGS
     raise ConfigError(unknown_name("kind of thing", kind, KINDS))
 
 
@@ -84,11 +88,13 @@ def thing(kind: str, name: str) -> Thing:
     """Describe what ``kind=name`` chooses; raises ``ConfigError`` for an unknown name or a failed import."""
     if kind == "strategy":
         return _strategy(name)
-    if kind == "dataset" and name.startswith("npz:"):
+    if kind == "dataset" and name.startswith(("npz:", "hf:")):
+        from flowerbed.datasets.hugging_face import HuggingFace
         from flowerbed.datasets.npz import NpzFile
 
-        options = tuple(o for o in options_of(NpzFile)[0] if o.name != "path")
-        return Thing(name, first_line(NpzFile), options, preset={"name": name})
+        # The first field is what the name says.
+        source = NpzFile if name.startswith("npz:") else HuggingFace
+        return Thing(name, first_line(source), options_of(source)[0][1:], preset={"name": name})
     if kind == "model" and name == "auto":
         return Thing(name, "The default model of the data set.", preset={"name": name})
     if kind == "model" and name.startswith("timm:"):
@@ -117,7 +123,7 @@ def complete(kind: str, name: str, given: Mapping[str, Any]) -> tuple[str, dict[
 
 
 def _as_stored(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_as_stored(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _strategy(name: str) -> Thing:

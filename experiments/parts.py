@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from flowerbed.clients.data import LABELLED
 from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.store import MemoryStore
 from flowerbed.datasets.dataset import Dataset
-from flowerbed.datasets.files import Progress
+from flowerbed.datasets.files import Busy, Progress
 from flowerbed.datasets.partitions import DrawnPartition, Partition, partition
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.datasets.subsets import (
@@ -33,10 +35,12 @@ from flowerbed.experiments import measures, options, transforms
 from flowerbed.experiments.config import Choice, InitialParams, Simulation, build
 from flowerbed.experiments.encoders import Material, embedded_dataset
 from flowerbed.experiments.metrics import train_counts
+from flowerbed.experiments.tampering import tampered
 from flowerbed.models import evaluation
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.tasks import task_for
+from flowerbed.server.devices import Device, DeviceLink, simulated
 from flowerbed.server.grids.base import torch_threads
 from flowerbed.server.loop import ServerEvaluator
 from flowerbed.server.sampling import Draws, make_sampler
@@ -67,10 +71,23 @@ class Parts:
     spec: ClientSpec
     strategy: FederatedStrategy
     model: Tensors
+    link: DeviceLink | None = None
+    """What is agreed with single devices; None where the configuration treats all alike."""
 
 
-def build_parts(simulation: Simulation, download_progress: Progress | None = None) -> Parts:
-    """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work."""
+def build_parts(
+    simulation: Simulation,
+    download_progress: Progress | None = None,
+    busy: Busy = contextlib.nullcontext,
+    devices: Sequence[Device] | None = None,
+    secret: int | None = None,
+) -> Parts:
+    """Load the data and build strategy, model and clients; raises ``ConfigError`` for what cannot work.
+
+    ``download_progress`` and ``busy`` hear of what takes long: downloads, decoding, encoding.
+    ``devices`` is what real clients have told about themselves, by client number; by default they are simulated.
+    ``secret`` is the server's own seed of noise where clients know the run's.
+    """
     load_all()
     simulation = completed(simulation)
     federation = simulation.federation
@@ -81,10 +98,12 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         cache_dir=simulation.data.cache,
         download=simulation.data.download,
         progress=download_progress,
+        busy=busy,
         **simulation.dataset.options,
     )
     train, test = build_partitions(simulation, dataset)
-    dataset = encoded(simulation, dataset)
+    with busy(f"encoding with {simulation.encoder.name}"):
+        dataset = encoded(simulation, dataset)
     dataset = hide_labels(simulation, dataset, train)
     if simulation.model.name == "auto":
         chosen = default_model(dataset) if simulation.encoder.name == "none" else Choice("linear")
@@ -93,9 +112,24 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         simulation.model.name, dataset.input_shape, dataset.num_classes, dict(simulation.model.options)
     )
     initial = simulation.initial
-    model = replace(strategy.model_spec(asked), weights=initial.weights, part=initial.part)
+    defence = transforms.build_defence(simulation.defence)
+    model = defence.model_spec(strategy.model_spec(asked))
+    model = replace(model, weights=initial.weights, part=initial.part)
     module = model.build(simulation.seed)
+    defence.check(strategy.half, module, simulation.local, dataset)
     info = ModelInfo.of(module)
+
+    @cache
+    def link() -> DeviceLink:
+        # One object a client, so only where it is needed: there may be a million.
+        fleet = (
+            simulated(simulation.devices, train.sizes, simulation.seed) if devices is None else list(devices)
+        )
+        steps = [simulation.local.steps_per_round(max(1, device.examples)) for device in fleet]
+        values = sum(value.numel() for value in module.state_dict().values())
+        real = devices is not None
+        return DeviceLink(simulation.devices, fleet, tickets=real, steps=steps, values=values)
+
     strategy.setup(
         Setting(
             seed=simulation.seed,
@@ -110,6 +144,7 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
                     federation.oversample,
                     simulation.evaluation.clients,
                     train.sizes,
+                    lambda: link().able(),
                 ),
             ),
             cohort=federation.cohort,
@@ -125,7 +160,8 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
             class_counts=tuple(train_counts(dataset.train.labels, train, dataset.num_classes)),
         )
     )
-    strategy.transforms = transforms.server_transforms(simulation, strategy, info)
+    strategy.transforms = transforms.server_transforms(simulation, strategy, info, secret)
+    strategy.transforms = tampered(strategy.transforms, simulation, strategy, dataset)
     spec = ClientSpec(
         seed=simulation.seed,
         rounds=federation.rounds,
@@ -137,7 +173,10 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         local=simulation.local,
         store=MemoryStore(),
         device=simulation.grid.device,
-        transforms=transforms.client_transforms(simulation, dataset),
+        transforms=(
+            *transforms.client_transforms(simulation, dataset),
+            *transforms.evaluation_transforms(simulation, model, dataset),
+        ),
         routes=fast_routes(simulation, module),
         mask=simulation.evaluation.mask,
         engine=simulation.grid.engine,
@@ -145,7 +184,8 @@ def build_parts(simulation: Simulation, download_progress: Progress | None = Non
         validation=validation_partition(simulation, dataset, train),
     )
     first = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return Parts(simulation, dataset, train, test, spec, strategy, first)
+    agreed = link() if simulation.devices.acts or devices is not None else None
+    return Parts(simulation, dataset, train, test, spec, strategy, first, agreed)
 
 
 def fast_routes(simulation: Simulation, module: torch.nn.Module) -> Routes | None:
@@ -171,6 +211,7 @@ def completed(simulation: Simulation) -> Simulation:
         encoder=whole("encoder", simulation.encoder),
         model=whole("model", simulation.model),
         defence=whole("defence", simulation.defence),
+        tampering=whole("tampering", simulation.tampering),
     )
 
 
@@ -331,8 +372,15 @@ def default_model(dataset: Dataset) -> Choice:
     return Choice("mlp" if len(dataset.input_shape) == 1 else "leaf_cnn")
 
 
-def server_evaluator(spec: ClientSpec, further: Sequence[str] = ()) -> ServerEvaluator:
-    """Return the evaluation of a global model on the whole test set, with ``further`` measures by import path."""
+def server_evaluator(
+    spec: ClientSpec,
+    further: Sequence[str] = (),
+    count: Callable[[Tensors], Mapping[str, Tensor]] | None = None,
+) -> ServerEvaluator:
+    """Return the evaluation of a global model on the whole test set, with ``further`` measures by import path.
+
+    ``count`` computes the task's counts elsewhere than here.
+    """
     device = choose_device(spec.device)
     module = spec.model.build(spec.seed).to(device)
     task = task_for(spec.dataset.task, spec.dataset.num_classes)
@@ -345,12 +393,16 @@ def server_evaluator(spec: ClientSpec, further: Sequence[str] = ()) -> ServerEva
     def evaluate(model: Tensors) -> Mapping[str, Any]:
         module.load_state_dict(model)
         module.eval()
-        return measures.add(counted(), loaded, measures.Measured(module, spec.dataset, spec.seed, device))
+        found = counted(model)
+        return measures.add(found, loaded, measures.Measured(module, spec.dataset, spec.seed, device))
 
-    def counted() -> dict[str, Any]:
+    def counted(model: Tensors) -> dict[str, Any]:
         if spec.dataset.task == "measured":
             return {}
-        sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
+        if count is not None:
+            sums = dict(count(model))
+        else:
+            sums = evaluation.counts(module, task, test.inputs, test.labels, prepare)
         found = evaluation.metrics(sums, len(test), spec.dataset.num_classes)
         return {**found, **evaluation.scores(found), **by_domain()}
 

@@ -6,8 +6,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
+from flowerbed.experiments.text import duration, size
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, Record
 
 LINES = 10
@@ -108,7 +109,14 @@ class Live(Tally):
 
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         super().__init__()
         console = console or Console()
@@ -120,21 +128,40 @@ class Live(Tally):
             console=console,
             refresh_per_second=5,
         )
-        self._downloads = Progress(
-            TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), console=console, transient=True
+        # What comes before the first round: downloads, and whatever else makes one wait.
+        self._before = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
         )
         self._tasks: dict[str, Any] = {}
 
     def download(self, file_name: str, done: int, total: int | None) -> None:
         """Show how far a download is; what the data sets' loader calls."""
-        self._downloads.start()
+        self._before.start()
         if file_name not in self._tasks:
-            self._tasks[file_name] = self._downloads.add_task(file_name, total=total)
-        self._downloads.update(self._tasks[file_name], completed=done)
+            self._tasks[file_name] = self._before.add_task(f"downloading {file_name}", total=total, note="")
+        note = size(done) if total is None else f"{size(done)} of {size(total)}"
+        self._before.update(self._tasks[file_name], completed=done, note=note)
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show what one waits for, and for how long already."""
+        self._before.start()
+        task = self._before.add_task(text, total=None, note="")
+        try:
+            yield
+        finally:
+            self._before.remove_task(task)
+            if not self._before.tasks:
+                self._before.stop()
 
     def started(self, rounds: int, first_round: int) -> None:
         super().started(rounds, first_round)
-        self._downloads.stop()
+        self._before.stop()
         self._tasks = {
             "round": self._bars.add_task("rounds", total=rounds, completed=first_round - 1, note=""),
             "clients": self._bars.add_task("clients", total=None, note="", visible=False),
@@ -160,7 +187,7 @@ class Live(Tally):
 
     def close(self) -> None:
         """Give the terminal back; may be called again."""
-        self._downloads.stop()
+        self._before.stop()
         self._bars.stop()
 
     def _show(self) -> None:
@@ -176,6 +203,11 @@ class Live(Tally):
 
 class Silent(Callback):
     """Shows nothing."""
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show nothing."""
+        yield
 
     def download(self, file_name: str, done: int, total: int | None) -> None:
         """Show nothing."""
@@ -199,8 +231,63 @@ def display(progress: bool | None) -> Iterator[Live | Silent]:
         live.close()
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on a terminal what one waits for; in a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+class Steps:
+    """Shows a known number of steps on standard error: a bar on a terminal, about ten plain lines elsewhere.
+
+    Called with the step and the number of steps. A number that falls back, or another total, is a new stage.
+    """
+
+    def __init__(self, what: str, console: Any = None) -> None:
+        self._what, self._console = what, console
+        self._bars: Any = None
+        self._task: Any = None
+        self._last = self._total = 0
+
+    def __enter__(self) -> Self:
+        if self._console is not None or sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console or Console(stderr=True),
+            )
+            self._bars.start()
+            self._task = self._bars.add_task(self._what, total=None)
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, step: int, steps: int) -> None:
+        if self._bars is not None:
+            if steps != self._total or step < self._last:
+                self._bars.reset(self._task, total=steps)
+            self._bars.update(self._task, completed=step)
+        elif step % max(1, -(-steps // LINES)) == 0 or step == steps:
+            print(f"{self._what}: step {step} of {steps}", file=sys.stderr, flush=True)
+        self._last, self._total = step, steps

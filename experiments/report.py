@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowerbed.errors import ConfigError
+from flowerbed.experiments import saved
 from flowerbed.experiments.failure import first_line
-from flowerbed.experiments.progress import duration
-from flowerbed.server.callbacks import SERVER, MetricsLog
+from flowerbed.experiments.text import duration, number, size, table
+from flowerbed.experiments.watch.follow import ABOUT, Follower, Phase
 
 JOBS = "jobs.jsonl"
 GOOD = ("completed", "stopped")
@@ -65,26 +66,36 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Return a run's summary; for a run that has not ended, what its metrics say so far.
+    """Return a run's summary; for a run that has not ended, or whose summary is damaged, what its metrics say so far.
 
-    Raises ``ConfigError`` if there is no run.
+    ``notes`` then says what is missing. Raises ``ConfigError`` if there is no run.
     """
-    path = directory / "summary.json"
+    path, notes = directory / "summary.json", []
     if path.exists():
-        summary: dict[str, Any] = json.loads(path.read_text())
-        return summary
-    if not (directory / "config.yaml").exists():
+        try:
+            return saved.read_object(path)
+        except ConfigError as error:
+            notes.append(str(error))
+    if not any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
         raise ConfigError(f"{directory} holds no run: neither summary.json nor config.yaml is there.")
-    records = MetricsLog(directory / "metrics.jsonl").records()
-    evaluations = [r.metrics for r in records if r.phase == SERVER]
-    final = {k: v for k, v in evaluations[-1].items() if not isinstance(v, list)} if evaluations else {}
+    follower = Follower(directory / "metrics.jsonl")
+    follower.refresh()
+    judged = follower.phases.get("evaluate-server", Phase())
+    final = (
+        {name: column[-1] for name, column in judged.columns.items() if name not in ABOUT}
+        if judged.rounds
+        else {}
+    )
     return {
         "status": "unfinished",
         "reason": f"it is running, or was killed; go on with: flowerbed resume {directory}",
-        "rounds": max((r.round for r in records), default=0),
-        "final": final,
-        "failures": {"total": sum(r.failed for r in records), "by_kind": {}},
-        "wall_seconds": sum(r.seconds for r in records),
+        "rounds": max((max(phase.rounds) for phase in follower.phases.values()), default=0),
+        "final": {name: value for name, value in final.items() if value is not None},
+        "failures": {"total": sum(follower.failed.values()), "by_kind": dict(follower.failed)},
+        "wall_seconds": sum(
+            filter(None, (t for p in follower.phases.values() for t in p.columns.get("seconds", ())))
+        ),
+        "notes": [*notes, *follower.whole()["notes"]],
     }
 
 
@@ -109,27 +120,34 @@ def ending(directory: Path, summary: Mapping[str, Any]) -> str:
 
 
 def screen(directory: Path, summary: Mapping[str, Any]) -> str:
-    """Return a run's summary as one table."""
-    final, failures = summary["final"], summary["failures"]
-    rows: list[tuple[str, str]] = [("directory", str(directory)), ("status", summary["status"])]
-    if summary["reason"]:
+    """Return a run's summary as one table; what a run of another version does not say is left out."""
+    final, failures = summary.get("final") or {}, summary.get("failures") or {}
+    rows: list[tuple[str, str]] = [
+        ("directory", str(directory)),
+        ("status", str(summary.get("status", "not recorded"))),
+    ]
+    if summary.get("reason"):
         rows.append(("reason", first_line(summary["reason"])))
-    rows.append(("rounds", str(summary["rounds"])))
-    rows += [(f"final {name}", _number(value)) for name, value in final.items()]
+    rows += [("missing", note) for note in summary.get("notes", ())]
+    rows.append(("rounds", str(summary.get("rounds", "not recorded"))))
+    rows += [(f"final {name}", number(value)) for name, value in final.items()]
     for key, means in summary.items():
         if key.startswith("mean_of_last_"):
             rows += [
-                (f"{name}, {key.replace('_', ' ')}", _number(value))
+                (f"{name}, {key.replace('_', ' ')}", number(value))
                 for name, value in means.items()
                 if name in ("accuracy", "loss")
             ]
-    rows += [(f"clients' {name}", _number(value)) for name, value in summary.get("clients", {}).items()]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in failures["by_kind"].items())
-    rows.append(("client failures", f"{failures['total']}{f' ({kinds})' if kinds else ''}"))
+    rows += [(f"clients' {name}", number(value)) for name, value in (summary.get("clients") or {}).items()]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in failures.get("by_kind", {}).items())
+    rows.append(
+        ("client failures", f"{failures.get('total', 'not recorded')}{f' ({kinds})' if kinds else ''}")
+    )
     if "bytes" in summary:
         down, up = summary["bytes"]["down"], summary["bytes"]["up"]
-        rows.append(("payload", f"{_size(down)} to clients, {_size(up)} from clients"))
-    rows.append(("wall time", duration(summary["wall_seconds"])))
+        rows.append(("payload", f"{size(down)} to clients, {size(up)} from clients"))
+    if "wall_seconds" in summary:
+        rows.append(("wall time", duration(summary["wall_seconds"])))
     for key, label in (
         ("peak_memory_mib", "peak memory (MiB)"),
         ("seed", "seed"),
@@ -152,24 +170,15 @@ def jobs_table(jobs: Sequence[Job]) -> str:
         status = (
             job.status if job.status in GOOD or not job.reason else f"{job.status}: {first_line(job.reason)}"
         )
-        numbers = (_number(job.accuracy), _number(job.loss), _number(job.seconds))
+        numbers = (number(job.accuracy), number(job.loss), number(job.seconds))
         overrides = " ".join(text for text in job.overrides if text not in common) or "(none)"
         rows.append((str(job.number), overrides, status, *numbers, job.directory))
     return table(rows, header=True)
 
 
-def table(rows: Iterable[Sequence[str]], header: bool = False) -> str:
-    """Return rows as aligned columns; the last column may be as long as it likes."""
-    cells = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
-    if header and cells:
-        cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
-
-
 def _result(summary: Mapping[str, Any]) -> str:
     final = [
-        f"{name} {_number(summary['final'][name])}"
+        f"{name} {number(summary['final'][name])}"
         for name in ("accuracy", "loss")
         if name in summary["final"]
     ]
@@ -179,15 +188,3 @@ def _result(summary: Mapping[str, Any]) -> str:
 
 def _has_model(directory: Path) -> bool:
     return (directory / "model.safetensors").exists()
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -1,12 +1,13 @@
 """The directory of a run: claimed when it starts, described when it ends, read when it goes on.
 
-``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``model.safetensors``, ``checkpoints/`` and ``figures/``:
-other tools rely on these names.
+``config.yaml``, ``partition.npz``, ``metrics.jsonl``, ``summary.json``, ``model.safetensors``, ``checkpoints/`` and
+``figures/``: other tools rely on these names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import platform
 import resource
@@ -19,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from flowerbed.errors import ConfigError
@@ -29,8 +32,9 @@ from flowerbed.server.callbacks import CLIENTS, SERVER, MetricsLog
 from flowerbed.server.loop import RunResult
 from flowerbed.storage import atomic_write
 
+PARTITION = "partition.npz"
 MOST_DRAWN = 20_000
-"""More clients than this are in no picture of the partition."""
+"""More clients than this are in no picture of the partition, and their samples in no file."""
 
 
 def load_simulation(directory: str | Path, settings: Mapping[str, Any] | None = None) -> Simulation:
@@ -54,9 +58,9 @@ def claim(directory: Path, simulation: Simulation) -> None:
                 f"{directory} already holds a run; go on with it (flowerbed resume {directory}), choose another "
                 "run.dir, or replace it with run.overwrite=true."
             )
-        for name in ("checkpoints", "figures", "observations"):
+        for name in ("checkpoints", "figures", "observations", "tensorboard", "wandb"):
             shutil.rmtree(directory / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "summary.json", "model.safetensors"):
+        for name in ("metrics.jsonl", "summary.json", "model.safetensors", PARTITION):
             (directory / name).unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     _write_config(directory, simulation)
@@ -124,8 +128,28 @@ def write_summary(
         # ru_maxrss is in KiB on Linux; Ray's actors are not children of this process.
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    # Whole or not at all: others read it while it is written.
+    atomic_write(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def class_counts(parts: Parts) -> npt.NDArray[np.int64] | None:
+    """Return how many training samples of each class each client holds, ``(clients, classes)``.
+
+    None where there are too many clients: a row for every one says nothing then.
+    """
+    if parts.train.num_clients > MOST_DRAWN:
+        return None
+    return parts.train.class_counts(first_label(parts.dataset.train.labels), parts.dataset.num_classes)
+
+
+def write_partition(directory: Path, parts: Parts) -> None:
+    """Keep who holds what: ``counts``, int64 ``(clients, classes)``, and the names of the ``classes``."""
+    counts = class_counts(parts)
+    if counts is not None:
+        data = io.BytesIO()
+        np.savez_compressed(data, counts=counts, classes=np.array(parts.dataset.classes, dtype=np.str_))
+        atomic_write(directory / PARTITION, data.getvalue())
 
 
 def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
@@ -133,10 +157,7 @@ def draw_figures(directory: Path, parts: Parts, log: MetricsLog) -> list[Path]:
     if not parts.simulation.run.figures:
         return []
     simulation, dataset = parts.simulation, parts.dataset
-    # A row for every client says nothing when there are that many.
-    counts = None
-    if parts.train.num_clients <= MOST_DRAWN:
-        counts = parts.train.class_counts(first_label(dataset.train.labels), dataset.num_classes)
+    counts = class_counts(parts)
     title = f"{simulation.strategy.name} on {dataset.name}, {simulation.partition.name}"
     return figures.draw(directory / "figures", log.records(), counts, dataset.classes, title)
 

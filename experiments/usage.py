@@ -34,7 +34,7 @@ Flags
 
 Your own strategy, data set, partition or model is named by import path, package.module:Name, with the
 current directory on the path. The options of others: flowerbed list models, and likewise strategies, datasets,
-partitions, encoders, defences; or: flowerbed simulate strategy=NAME --help
+partitions, encoders, defences, tamperings; or: flowerbed simulate strategy=NAME --help
 """
 EXPERIMENT = "experiment"
 """The group of whole settings, which stores no name."""
@@ -47,7 +47,7 @@ def simulate_help(chosen: Mapping[str, str]) -> str:
     defaults = Simulation()
     groups = {kind: [t.name for t in things(kind) if ":" not in t.name] for kind in CHOICES}
     groups["strategy"].append("flower:NAME")
-    groups["dataset"].append("npz:PATH")
+    groups["dataset"] += ["npz:PATH", "hf:NAME"]
     groups["model"].append("timm:NAME")
     files = (*NAMED, EXPERIMENT)
     groups |= {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in files}

@@ -15,8 +15,10 @@ from flwr.serverapp import Grid
 from flowerbed import messages
 from flowerbed.errors import CheckpointError, ConfigError, DivergedError, RunError
 from flowerbed.pooling import Pooled
+from flowerbed.server.by_client import by_client
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, EarlyStop, MetricsLog, Record
 from flowerbed.server.checkpoint import Checkpoint, Checkpoints
+from flowerbed.server.devices import DeviceLink
 from flowerbed.server.params import EvaluationParams, FederationParams, StopParams
 from flowerbed.server.replies import (
     Failure,
@@ -123,6 +125,11 @@ class Federation:
     """Hash of the configuration; a checkpoint of another identity is refused."""
     derive: Derive | None = None
     """Adds to every evaluation what follows from its counts and the run's data (class groups)."""
+    link: DeviceLink | None = None
+    """What is agreed with single devices; None where all clients are treated alike."""
+    timeout: float | None = None
+    """Seconds to wait for the replies of an exchange; a client that needs longer has given no reply. None waits for
+    ever: simulated clients always answer, devices need not."""
 
     def __post_init__(self) -> None:
         if self.checkpoints is not None and self.log is None:
@@ -250,7 +257,8 @@ class Federation:
                 f"Round {server_round}: {type(self.strategy).__name__} made no model from {used} replies; "
                 "it may need more clients a round."
             )
-        self._record(answers.record(_plain(metrics)))
+        agreed = self.link.metrics() if self.link is not None and phase.message_type == "train" else {}
+        self._record(answers.record({**_plain(metrics), **agreed}))
 
     def _aggregate(
         self, server_round: int, answers: _Answers, used: int
@@ -265,6 +273,8 @@ class Federation:
         """Return a sentence that says why training replies of this phase come as messages; None if as sums."""
         if self.exchange == "messages":
             return "grid.exchange=messages asks for a message from each client"
+        if self.link is not None:
+            return "what devices do or send may differ (devices)"
         if self.params.oversample:
             return (
                 "federation.oversample asks more clients than are used, so that replies are chosen one by one"
@@ -282,7 +292,14 @@ class Federation:
         if asked:
             answers = self._ask(asked, server_round, CLIENTS)
             metrics = self.strategy.aggregate_evaluate(counted, answers.usable)
-            self._record(answers.record(self._derived(_plain(metrics))))
+            self._record(
+                answers.record({**self._derived(_plain(metrics)), **self._by_client(answers.usable)})
+            )
+
+    def _by_client(self, replies: Sequence[Message]) -> dict[str, Any]:
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        numbers = self._numbers(nodes)
+        return by_client([numbers[node] for node in nodes], [messages.metrics(r.content) for r in replies])
 
     def _evaluate_server(self, server_round: int) -> None:
         if self.evaluator is None or not self.strategy.whole:
@@ -351,18 +368,23 @@ class Federation:
         """Exchange messages with the clients and sort what comes back."""
         started = time.perf_counter()
         answered = self._announcer(server_round, phase, len(asked))
+        numbers = self._numbers(message.metadata.dst_node_id for message in asked)
+        if self.link is not None:
+            asked = self.link.outgoing(asked, numbers)
         # Our grids report replies as they arrive; with Flower's own grid the progress display just waits.
         grid: Any = self.grid
         reports = hasattr(grid, "on_reply")
         if reports:
             grid.on_reply = lambda reply: answered(not reply.has_error())
         try:
-            replies = list(grid.send_and_receive(asked))
+            replies = list(grid.send_and_receive(asked, timeout=self.timeout))
         finally:
             if reports:
                 # A cohort that is added up later may make messages too, and tells of them in its own way.
                 grid.on_reply = None
-        numbers = self._numbers(message.metadata.dst_node_id for message in asked)
+        bytes_up = sum(messages.nbytes(reply.content) for reply in replies if reply.has_content())
+        if self.link is not None:
+            replies = self.link.incoming(asked, replies, numbers)
         checked = check_replies(asked, replies, numbers, server_round)
         # Most messages of a round share one content, which is measured once.
         contents = {id(message.content): message.content for message in asked}
@@ -375,7 +397,7 @@ class Federation:
             len(checked.usable),
             checked.failures,
             bytes_down=sum(measured[id(message.content)] for message in asked),
-            bytes_up=sum(messages.nbytes(reply.content) for reply in replies if reply.has_content()),
+            bytes_up=bytes_up,
             usable=checked.usable,
         )
 

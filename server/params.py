@@ -17,7 +17,8 @@ class FederationParams:
     """Clients that train in a round (m); 0 means all."""
     sampling: str = "uniform"
     """Who is asked to train: uniform; weighted (chances by samples; use strategy.weighting=uniform with it); cyclic
-    (shuffled passes over all clients); or package.module:Class, made from a flowerbed.server.sampling.Draws."""
+    (shuffled passes over all clients); able (uniform among those that meet ``devices``); or package.module:Class,
+    made from a flowerbed.server.sampling.Draws."""
     rounds: int = 20
     """Training rounds (T)."""
     oversample: float = 0.0
@@ -59,6 +60,9 @@ class EvaluationParams:
     mask: str = "none"
     """Classes that no client's own evaluation can predict, whatever the method: none; train: those that the client
     has no training sample of; test: those that it has no test sample of, an oracle."""
+    sharded: bool = False
+    """Whether the workers of grid=ray evaluate the server's test set, each a part, in place of the driver; worth it
+    where these have the GPUs, or are on other machines."""
     measures: tuple[str, ...] = ()
     """Further metrics of the server's evaluations: functions by import path, package.module:function, of a
     ``flowerbed.experiments.measures.Measured``."""

@@ -25,7 +25,7 @@ class Failure:
     client: int
     kind: str
     """raised, died, time-limit, quarantined, no-reply, non-finite, wrong-shape, missing-metric,
-    missing-stream, or rejected (by the strategy)."""
+    missing-stream, replayed, oversized, quota, garbage, or rejected (by the strategy)."""
     reason: str
 
 
@@ -48,15 +48,30 @@ def check_replies(
 
     ``clients`` maps node ids to client numbers. A usable reply has no error, the streams, shapes and metrics
     that most replies of this exchange have (a stream that was sent and comes back must keep the shapes it
-    was sent with), a finite weight that is not negative, and finite numbers only.
+    was sent with), a finite weight that is not negative, and finite numbers only. A reply to another message than
+    the one that was sent in this exchange, and any further reply of a client, is refused.
     """
-    by_node = {reply.metadata.src_node_id: reply for reply in replies}
     failures: list[Failure] = []
     answered: list[Message] = []
 
     def fail(node: int, kind: str, reason: str) -> None:
         failures.append(Failure(server_round, clients.get(node, node), kind, reason))
 
+    by_node: dict[int, Message] = {}
+    numbers = {message.metadata.dst_node_id: message.metadata.message_id for message in asked}
+    nodes = {number: node for node, number in numbers.items() if number}
+    for arrived in replies:
+        number = arrived.metadata.reply_to_message_id
+        node = arrived.metadata.src_node_id
+        if arrived.has_error():
+            # Flower itself answers for a node that is away, in its own name.
+            node = nodes.get(number, node)
+        if node not in numbers or (numbers[node] and number and number != numbers[node]):
+            fail(node, "replayed", "the reply answers no message of this exchange")
+        elif node in by_node:
+            fail(node, "replayed", "a second reply came to the same message; the first one is used")
+        else:
+            by_node[node] = arrived
     for message in asked:
         node = message.metadata.dst_node_id
         reply = by_node.get(node)
@@ -158,6 +173,10 @@ def _error_kind(reason: str) -> str:
         ("quarantined", "quarantined"),
         ("time-limit", "time limit"),
         ("died", "died"),
+        ("replayed", "replayed:"),
+        ("oversized", "oversized:"),
+        ("garbage", "garbage:"),
+        ("quota", "quota:"),
     ):
         if sign in lowered:
             return kind

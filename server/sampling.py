@@ -31,6 +31,8 @@ class Draws:
     """Clients asked to evaluate; 0 means all."""
     examples: npt.NDArray[np.int64] | None = None
     """The number of training samples of every client (n_k); None where it is unknown."""
+    able: Callable[[], npt.NDArray[np.bool_]] | None = None
+    """Returns whether each client has what ``devices`` asks of it; None where nothing is known of them."""
 
     @property
     def wanted(self) -> int:
@@ -173,9 +175,43 @@ class CyclicSampler:
         return self._order
 
 
+class AbleSampler:
+    """Draws without replacement among the clients that have the memory and keep the deadline of ``devices``.
+
+    Who is never asked has no say in the model, as in every rule of this kind (Nishio & Yonetani, ICC 2019: FedCS);
+    partial work (``devices.work=speed``) is the other way. Evaluation is uniform over all.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        """Raises ``ConfigError`` if nothing is known of the clients, or too few of them are able."""
+        require(
+            draws.able is not None,
+            "federation.sampling=able needs to know what the clients' devices can; use sampling=uniform.",
+        )
+        assert draws.able is not None
+        self._uniform = UniformSampler.of(draws)
+        able = draws.able()
+        self._able: list[int] = np.flatnonzero(able).tolist()
+        require(
+            1 <= draws.wanted <= len(self._able),
+            f"federation.sampling=able asks {draws.wanted or 'all'} clients a round and {len(self._able)} of "
+            f"{len(able)} have the memory of devices.ram_mb and keep devices.deadline; give a federation.cohort "
+            "of at most that many, or ask less of them.",
+        )
+
+    def train(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        """Return the clients of a training round."""
+        return self._uniform.train(server_round, [nodes[i] for i in self._able])
+
+    def evaluate(self, server_round: int, nodes: Sequence[int]) -> list[int]:
+        """Return the clients that evaluate after a round."""
+        return self._uniform.evaluate(server_round, nodes)
+
+
 SAMPLERS.add("uniform", UniformSampler.of)
 SAMPLERS.add("weighted", WeightedSampler)
 SAMPLERS.add("cyclic", CyclicSampler)
+SAMPLERS.add("able", AbleSampler)
 
 
 def make_sampler(name: str, draws: Draws) -> Sampler:

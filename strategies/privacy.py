@@ -16,7 +16,8 @@ Algorithm 1. With b_k = [||u_k|| <= C] the server releases
 
 The pair (u, b) costs as much as noise multiplier z if u gets z_u = (z^-2 - (2 sigma_b)^-2)^(-1/2).
 
-Local: see ``flowerbed.clients.privacy``; here it is accounted for.
+Local: see ``flowerbed.clients.privacy``; here it is accounted for. So are single examples where clients train by DP-SGD
+(``flowerbed.clients.dpsgd``).
 
 What epsilon covers: the parameters and further streams that clients send in training. It does not cover
 BatchNorm statistics (refused unless ``allow_buffers``), the metrics that clients report (sample counts, losses)
@@ -33,6 +34,8 @@ import torch
 
 from flowerbed import seeds
 from flowerbed.clients import updates
+from flowerbed.clients.defence import ExamplePrivacy
+from flowerbed.clients.params import LocalParams
 from flowerbed.clients.transform_params import PrivacyParams
 from flowerbed.clients.updates import Update
 from flowerbed.errors import RunError, require
@@ -145,3 +148,61 @@ class LocalLedger(ServerTransform):
 
     def load_state_dict(self, state: Tensors) -> None:
         self._sent = dict(zip(state["nodes"].tolist(), state["sent"].tolist(), strict=True))
+
+
+class ExampleLedger(ServerTransform):
+    """Accounts for DP-SGD at the clients: epsilon of one example of the client that has spent most.
+
+    The batches of an epoch share no example, so that an example is in one step of each, whose sum another example
+    changes by twice the clip norm at most; what later steps make of it is post-processing. ``poisson`` instead counts
+    every step as one of independent draws. Numbers of samples are public.
+    """
+
+    def __init__(self, spent: ExamplePrivacy, local: LocalParams) -> None:
+        self.spent, self.local = spent, local
+        self._epochs: dict[int, tuple[int, int]] = {}
+        """By node: the last epoch that it was in, and how many it was in."""
+        self._steps: dict[int, tuple[int, int]] = {}
+        """By node: its samples, and the steps that it made."""
+        if spent.noise:
+            self._epsilon_of(1, 1, 1)
+
+    def replies(
+        self, server_round: int, current: Tensors, replies: list[ClientReply], parameters: frozenset[str]
+    ) -> list[ClientReply]:
+        for reply in replies:
+            samples = round(reply.examples)
+            steps, per_epoch = self.local.steps_per_round(samples), self.local.batches_per_epoch(samples)
+            first, last = (server_round - 1) * steps // per_epoch, (server_round * steps - 1) // per_epoch
+            before, epochs = self._epochs.get(reply.node, (-1, 0))
+            self._epochs[reply.node] = last, epochs + last - max(first, before + 1) + 1
+            self._steps[reply.node] = samples, self._steps.get(reply.node, (0, 0))[1] + steps
+        return replies
+
+    def metrics(self) -> Mapping[str, float]:
+        if not self.spent.noise:
+            return {}
+        return {"privacy-example-epsilon": max(self.epsilons().values())}
+
+    def epsilons(self) -> dict[int, float]:
+        """Return epsilon of an example of every client that has answered, by node."""
+        return {
+            node: self._epsilon_of(samples, steps, self._epochs[node][1])
+            for node, (samples, steps) in self._steps.items()
+        }
+
+    def _epsilon_of(self, samples: int, steps: int, epochs: int) -> float:
+        if self.spent.sampling == "poisson":
+            batch = min(self.local.batch_size or samples, samples)
+            return epsilon(Release(self.spent.noise, "poisson", samples, batch), steps, self.spent.delta)
+        return epsilon(Release(self.spent.noise / 2, "none", 1, 1), epochs, self.spent.delta)
+
+    def state_dict(self) -> Tensors:
+        nodes = list(self._steps)
+        rows = [[*self._epochs[node], *self._steps[node]] for node in nodes]
+        return {"nodes": torch.tensor(nodes), "spent": torch.tensor(rows).view(len(nodes), 4)}
+
+    def load_state_dict(self, state: Tensors) -> None:
+        rows = dict(zip(state["nodes"].tolist(), state["spent"].tolist(), strict=True))
+        self._epochs = {node: (row[0], row[1]) for node, row in rows.items()}
+        self._steps = {node: (row[2], row[3]) for node, row in rows.items()}

@@ -22,7 +22,7 @@ but those that need replies one by one. Integer counters and metrics are sent in
 Deviations: shares travel from the server to their readers in step 4 instead of before step 3, which saves an
 exchange and changes nothing of what anybody can read. There is no protection against an active server (signed
 keys, consistency check). In a simulation all secrets derive from the run's seed: arithmetic, traffic and
-drop-outs are the protocol's, but whoever knows the seed knows the keys.
+drop-outs are the protocol's, but whoever knows the seed knows the keys. A device has a secret of its own for each run.
 """
 
 from __future__ import annotations

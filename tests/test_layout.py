@@ -82,7 +82,7 @@ def test_the_wheel_built_through_the_sdist_holds_every_module(tmp_path: Path) ->
     held = set(zipfile.ZipFile(wheel).namelist())
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
-            if path.suffix in (".py", ".yaml") and "flower-app" not in path.parts:
+            if path.suffix in (".py", ".yaml", ".html", ".css", ".js") and "flower-app" not in path.parts:
                 assert f"flowerbed/{path.relative_to(ROOT)}" in held
     assert "flowerbed/py.typed" in held
 

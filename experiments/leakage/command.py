@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from flowerbed.errors import require
 from flowerbed.experiments.composition import import_from_current_directory, whole_numbers
 from flowerbed.experiments.leakage import matrix, matrix_report, report
 from flowerbed.experiments.leakage.attacking import GRANTS, Attacked, attack_run, composed
+from flowerbed.experiments.progress import Steps, waiting
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 DESCRIPTION = "Attack what a run's server saw of single clients, and score what was found."
@@ -26,8 +28,13 @@ then:
   flowerbed attack runs/watched attack=gifd attack.prior=runs/prior/model.safetensors
   flowerbed attack runs/watched attack=ig attack.steps=8000 attack.tv=0.01 --grant labels
 
+docs/attacks.md says of every attack what it needs, what it returns and when it fails. Attacks that need a malicious
+server get one in the run itself: flowerbed simulate ... attack=trap, or tampering=NAME with observe.rounds.
+
 A matrix of attacks, defences and states of the model is one file (flowerbed.experiments.leakage.matrix says how):
   flowerbed attack matrix=leakage.yaml --out runs/leakage
+
+Defences and who knows of them: docs/defences.md; known breaks as matrices: experiments/leakage/breaks.
 
 Only one plain local step gives a gradient; the tool says where an update is none.
 Exit codes: 0 done, 2 it could not start as asked, 130 interrupted.
@@ -49,19 +56,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         return _matrix(Path(matrices[-1].removeprefix("matrix=")), further, asked.out, as_json)
     require(len(directories) == 1, "Name the directory of one run, or give matrix=FILE.yaml.")
     name, options = read(settings)
-    watch = None if as_json or not sys.stderr.isatty() else _progress
-    made = attack_run(
-        directories[0],
-        name,
-        options,
-        clients=None if asked.clients is None else whole_numbers(asked.clients, "--clients"),
-        rounds=None if asked.rounds is None else whole_numbers(asked.rounds, "--rounds"),
-        adaptive=asked.adaptive,
-        grant=() if asked.grant is None else asked.grant.split(","),
-        normalisation=asked.normalisation,
-        device=asked.device,
-        watch=watch,
-    )
+    made = _attacked(directories[0], name, options, asked, as_json)
     files = report.write(made, asked.out or directories[0] / "attacks" / name, options)
     if as_json:
         print(json.dumps(report.plain(made, options)))
@@ -70,11 +65,32 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     return 0
 
 
+def _attacked(
+    directory: Path, name: str, options: dict[str, Any], asked: argparse.Namespace, as_json: bool
+) -> Attacked:
+    """Attack a run, and show the steps."""
+    with contextlib.nullcontext() if as_json else Steps(f"attack {name}") as watch:
+        return attack_run(
+            directory,
+            name,
+            options,
+            clients=None if asked.clients is None else whole_numbers(asked.clients, "--clients"),
+            rounds=None if asked.rounds is None else whole_numbers(asked.rounds, "--rounds"),
+            adaptive=asked.adaptive,
+            grant=() if asked.grant is None else asked.grant.split(","),
+            normalisation=asked.normalisation,
+            device=asked.device,
+            lpips=[Path(name) for name in asked.lpips.split(",")] if asked.lpips else (),
+            watch=watch,
+        )
+
+
 def _matrix(path: Path, further: Sequence[str], out: Path | None, as_json: bool) -> int:
     """Make a matrix and show it."""
     plan = matrix.read_plan(path, further)
     out = out or Path("runs/matrix")
-    cells = matrix.run_matrix(plan, out, lambda text: print(text, file=sys.stderr, flush=True))
+    with waiting("runs and attacks of the matrix"):
+        cells = matrix.run_matrix(plan, out, lambda text: print(text, file=sys.stderr, flush=True))
     files = matrix_report.write(cells, out)
     if as_json:
         print(json.dumps(matrix_report.plain(cells)))
@@ -130,14 +146,14 @@ def _parser() -> argparse.ArgumentParser:
         help="how the client's batch norms ran: eval or train (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--lpips",
+        metavar="FILE,FILE",
+        help="measure LPIPS as well: torchvision's AlexNet weights, and the heads of the package lpips",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/attacks/NAME)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
-
-
-def _progress(step: int, steps: int) -> None:
-    if step % max(1, steps // 100) == 0 or step == steps:
-        print(f"\r{step}/{steps} steps", end="" if step < steps else "\n", file=sys.stderr, flush=True)
 
 
 def _show(made: Attacked, files: Sequence[Path]) -> None:

@@ -12,9 +12,11 @@ A matrix is a YAML file::
       IG: attack=ig attack.steps=800 attack.tv=0.01
       GIFD: attack=gifd attack.steps=200 attack.prior=prior.safetensors
 
-Every defence is one run, observed in all rounds; its utility is that of the run. Every attack is made on each of them
-twice where it can repeat the defence on its candidates: by an attacker who does not know of it, and by one who does.
-What is there already is not made again.
+Every defence is one run, observed in all rounds; its utility is that of the run. Any settings may be a defence: a
+larger batch (``local.batch_size=8``), more steps, ``secure.enabled=true`` (then the mean of the cohort is attacked),
+``privacy.mode=local``, or ``privacy.mode=central observe.view=released``. Every attack is made on each of them twice
+where it can make use of knowing the defence: by an attacker who does not know of it, and by one who does. What is
+there already is not made again.
 """
 
 from __future__ import annotations
@@ -28,19 +30,17 @@ from typing import Any
 
 import yaml
 
-from flowerbed.clients.defences import Defence
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.experiments.comparison import FINISHED
 from flowerbed.experiments.composition import compose_simulations
 from flowerbed.experiments.config import ObserveParams, Simulation
 from flowerbed.experiments.leakage import report
-from flowerbed.experiments.leakage.attacking import attack_run
+from flowerbed.experiments.leakage.attacking import attack_run, known_of, useful
 from flowerbed.experiments.leakage.scoring import Summary
 from flowerbed.experiments.simulation import run_simulation
-from flowerbed.experiments.transforms import OBSERVATIONS, build_defence
+from flowerbed.experiments.transforms import OBSERVATIONS, view_of
 from flowerbed.storage import atomic_write
-from flowerbed.strategies.attacks.observer import stems
-from flowerbed.strategies.attacks.presets import STAGED, WITHOUT_SEARCH
+from flowerbed.strategies.attacks.observer import SERVER, stems
 
 KEYS = ("settings", "rounds", "clients", "defences", "attacks", "grant", "normalisation")
 OBLIVIOUS, ADAPTIVE = "oblivious", "adaptive"
@@ -103,7 +103,7 @@ def read_plan(path: Path, more: Sequence[str] = ()) -> Plan:
         runs[str(label)] = one
     attacks = {str(label): attack_settings(shlex.split(text)) for label, text in asked["attacks"].items()}
     return Plan(
-        {label: replace(one, observe=observe) for label, one in _placed(runs).items()},
+        {label: _observed(one, observe) for label, one in _placed(runs).items()},
         attacks,
         observe.rounds,
         observe.clients,
@@ -115,6 +115,13 @@ def read_plan(path: Path, more: Sequence[str] = ()) -> Plan:
 def _placed(runs: Mapping[str, Simulation]) -> dict[str, Simulation]:
     """Return the runs with a directory that ``run`` replaces: observing needs one."""
     return {label: replace(one, run=replace(one.run, dir=f"matrix/{label}")) for label, one in runs.items()}
+
+
+def _observed(simulation: Simulation, observe: ObserveParams) -> Simulation:
+    """Return the run with what is to be kept of it; where only a cohort is seen, no client can be chosen."""
+    own = replace(observe, view=simulation.observe.view)
+    single = view_of(simulation) == SERVER
+    return replace(simulation, observe=own if single else replace(own, clients=()))
 
 
 def attack_settings(settings: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -141,10 +148,10 @@ def run_matrix(plan: Plan, out: Path, say: Say = print) -> list[Cell]:
             run=replace(simulation.run, dir=str(directory), overwrite=True, progress=False, figures=False),
         )
         summary = _made(own, directory, say, label)
-        defence = build_defence(own.defence)
+        known = known_of(own)
         for attack, (name, options) in plan.attacks.items():
             for round_ in plan.rounds:
-                for knows in _attackers(defence, name):
+                for knows in attackers(known, name, options):
                     cell = _cell(plan, label, attack, round_, knows, directory, summary, name, options)
                     say(
                         f"{label}, {attack}, round {round_}, {knows}: PSNR {cell.summary['psnr'].mean:.1f} dB, "
@@ -169,11 +176,12 @@ def _made(simulation: Simulation, directory: Path, say: Say, label: str) -> Mapp
     return made
 
 
-def _attackers(defence: Defence, name: str) -> tuple[str, ...]:
-    """Return who attacks: knowing of a defence makes a difference only where it can be imitated."""
-    repeats = name not in WITHOUT_SEARCH and defence.imitation != "none"
-    known = repeats or (name in STAGED and defence.floor > 0)
-    return (OBLIVIOUS, ADAPTIVE) if known else (OBLIVIOUS,)
+def attackers(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return who attacks: knowing of a defence makes a difference only where the attack can make use of it.
+
+    What the matrix itself asks of an attack is asked of both.
+    """
+    return (OBLIVIOUS, ADAPTIVE) if useful(name, known).keys() - options.keys() else (OBLIVIOUS,)
 
 
 def _cell(
@@ -206,6 +214,9 @@ def _cell(
         grant=plan.grant,
         adaptive=knows == ADAPTIVE,
         normalisation=plan.normalisation,
+    )
+    require(
+        not made.vocabulary, "A matrix compares PSNR, so it is for images; attack text with flowerbed attack."
     )
     report.write(made, folder, options)
     rounds = max(1, int(summary["rounds"]))

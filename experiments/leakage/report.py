@@ -1,4 +1,8 @@
-"""What an attack left, as files: JSON, Markdown, and a gallery of originals beside reconstructions."""
+"""What an attack left, as files: JSON, Markdown, and a gallery of originals beside reconstructions.
+
+``pairs.safetensors`` holds the gallery's images: for every victim ``original-round-R-client-K`` and
+``found-round-R-client-K``, uint8 ``(B, C, H, W)``, the i-th of one beside the i-th of the other.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
+from flowerbed.experiments.leakage import text_scoring
 from flowerbed.experiments.leakage.attacking import Attacked, Victim
 from flowerbed.experiments.leakage.scoring import Summary
 from flowerbed.experiments.run_directory import git_commit, versions
@@ -22,24 +29,49 @@ if TYPE_CHECKING:
 SHOWN = 24
 """Images in a gallery, at most."""
 ACROSS = 8
+PAIRS = "pairs.safetensors"
+ORIGINAL, FOUND = "original", "found"
 
 
 def write(made: Attacked, folder: Path, options: Mapping[str, Any]) -> list[Path]:
-    """Write attack.json, attack.md, gallery.png and reconstructions.safetensors into ``folder``; return the files."""
+    """Write attack.json, attack.md, a gallery and the files of tensors into ``folder``; return the files.
+
+    The gallery is a picture, gallery.png, with its pairs of images in pairs.safetensors, or of text gallery.txt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [
-        folder / name for name in ("attack.json", "attack.md", "gallery.png", "reconstructions.safetensors")
-    ]
+    shown = ("gallery.txt",) if made.vocabulary else ("gallery.png", PAIRS)
+    files = [folder / name for name in ("attack.json", "attack.md", "reconstructions.safetensors", *shown)]
     atomic_write(files[0], (json.dumps(plain(made, options), indent=1) + "\n").encode())
     atomic_write(files[1], markdown(made).encode())
-    gallery(made).savefig(files[2])
     tensors = {
         f"{kind}-round-{v.observation.round}-client-{v.observation.client}": value.contiguous()
         for v in made.victims
         for kind, value in (("x", v.found.x), ("labels", v.found.labels))
     }
-    atomic_write(files[3], save(tensors))
+    atomic_write(files[2], save(tensors))
+    if made.vocabulary:
+        texts = [text_scoring.pairs(v.found, v.truth, v.score.order, made.vocabulary) for v in made.victims]
+        atomic_write(files[3], "\n".join(texts).encode())
+    else:
+        gallery(made).savefig(files[3])
+        atomic_write(files[4], save(_pairs(made)))
     return files
+
+
+def place_of(victim: Mapping[str, Any]) -> str:
+    """Return the end of a victim's names in the files of tensors, from its entry in attack.json."""
+    return f"round-{victim['round']}-client-{victim['client']}"
+
+
+def _pairs(made: Attacked) -> dict[str, Tensor]:
+    """Return every victim's originals, and the reconstructions that belong to them, as bytes."""
+    pairs = {}
+    for v in made.victims:
+        end = place_of({"round": v.observation.round, "client": v.observation.client})
+        for kind, x in ((ORIGINAL, v.truth.x), (FOUND, v.found.x[list(v.score.order)])):
+            pixels = made.scale.pixels(x).mul(255).round().to(torch.uint8)
+            pairs[f"{kind}-{end}"] = pixels.contiguous()
+    return pairs
 
 
 def plain(made: Attacked, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,16 @@ samples one to one, by least total squared error.
 ``labels``      1 - sum_c |n_c - n^_c| / 2B: the share of labels found, whatever their order
 ``top-1``       whether no other training image of the class is nearer to the reconstruction than the true one
 ``top-10``      whether at most nine are
+``psnr: ...``   psnr against what the truth also is, where samples were encoded: ``original`` or ``encoded``
 ``fmse``        mean squared difference of all logits, where a model is given
+``rfd``         random feature distance, and ``lpips`` where there are weights: see ``perceptual``
 ==============  ================================================================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +39,10 @@ MOST_PSNR = 100.0
 HIT = 30.0
 WINDOW, SIGMA = 11, 1.5
 RESAMPLES = 2000
+ERRORS = ("mse", "fmse", "rfd", "lpips")
+"""Figures whose smallest value leaks most."""
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Of images of pixels ``(N, C, H, W)``, ``(N,)``."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,12 @@ def score(
     scale: Scale,
     pool: Pool | None = None,
     model: nn.Module | None = None,
+    distances: Mapping[str, Distance] | None = None,
 ) -> Score:
-    """Compare a reconstruction of images with the truth; ``pool`` adds identification, ``model`` fmse."""
+    """Compare a reconstruction of images with the truth; ``pool`` adds identification, ``model`` fmse.
+
+    ``distances``: further figures by name.
+    """
     require(
         found.x.shape == truth.x.shape,
         f"A reconstruction of shape {tuple(found.x.shape)} cannot be compared with {tuple(truth.x.shape)}.",
@@ -137,10 +147,14 @@ def score(
     ordered = made[list(order)]
     figures = {"mse": mse(ordered, true), "psnr": psnr(ordered, true), "ssim": ssim(ordered, true)}
     figures["hit"] = (figures["psnr"] >= HIT).double()
+    figures |= {name: distance(ordered, true) for name, distance in (distances or {}).items()}
     if model is not None:
         with torch.no_grad():
             gap = model.eval()(found.x[list(order)]) - model(truth.x)
         figures["fmse"] = gap.double().square().mean(1)
+    for name, other in truth.other.items():
+        own = scale.pixels(other)
+        figures[f"psnr: {name}"] = psnr(made[list(matched(made, own))], own)
     if pool is not None:
         ranks = torch.tensor([_rank(ordered[i], truth, i, pool) for i in range(len(true))])
         figures |= {f"top-{k}": (ranks <= k).double() for k in (1, 10)}

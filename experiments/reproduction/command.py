@@ -12,12 +12,12 @@ from typing import Any, Self
 from flowerbed.errors import ConfigError, FlowerbedError, require
 from flowerbed.experiments.composition import import_from_current_directory, parse, whole_numbers
 from flowerbed.experiments.failure import FAILED, describe, exit_code
-from flowerbed.experiments.progress import duration
 from flowerbed.experiments.reproduction import digests, ledger, report
 from flowerbed.experiments.reproduction.engine import OUT, SMOKE, Reproduction, cores, reproduce
 from flowerbed.experiments.reproduction.paper import SCALES, Settings, built, merged
 from flowerbed.experiments.reproduction.running import Job, Outcome
 from flowerbed.experiments.reproduction.schedule import Watcher
+from flowerbed.experiments.text import duration
 
 DESCRIPTION = "Run a paper's arms and seeds through the ordinary simulation, and judge its claims."
 EPILOG = """\

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from flowerbed.errors import ConfigError, unknown_name
-from flowerbed.experiments.progress import duration
+from flowerbed.experiments.progress import waiting
 from flowerbed.experiments.reproduction import ledger
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.ledger import ABSENT, EDITED, NOT_RUN, RECORDED, STALE, Standing
 from flowerbed.experiments.reproduction.paper import built
+from flowerbed.experiments.text import duration
 
 COLOURS = {RECORDED: "green", STALE: "yellow", EDITED: "red", NOT_RUN: "cyan", ABSENT: "dim"}
 WIDE = 150
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     if not slugs:
         raise ConfigError(unknown_name("paper", asked.pattern, catalogue()))
     there = built()
-    standings = [ledger.standing(slug, slug in there, asked.ledger) for slug in slugs]
+    with waiting("reading the code of every paper"):
+        standings = [ledger.standing(slug, slug in there, asked.ledger) for slug in slugs]
     if as_json:
         print(json.dumps([_plain(standing) for standing in standings], indent=1))
     else:

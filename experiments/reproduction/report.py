@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowerbed.experiments import paired
-from flowerbed.experiments.progress import duration
 from flowerbed.experiments.reproduction import figures
 from flowerbed.experiments.reproduction.claims import (
     DIRECTION,
@@ -23,6 +22,7 @@ from flowerbed.experiments.reproduction.claims import (
 )
 from flowerbed.experiments.reproduction.engine import SMOKE, Reproduction
 from flowerbed.experiments.reproduction.ledger import Record
+from flowerbed.experiments.text import duration
 from flowerbed.storage import atomic_write
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ def offline_defaults() -> None:
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not _has_wandb_key():
+    if not has_wandb_key():
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Return whether the user has a key of Weights & Biases, in the environment or in ``~/.netrc``."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

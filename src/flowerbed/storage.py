@@ -20,8 +20,13 @@ TensorGroups = dict[str, Tensors]
 """Named groups of named tensors: the state of a strategy or of a client."""
 
 
-def save_groups(path: Path, groups: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write groups of tensors to ``path`` atomically; group and tensor names may hold any character."""
+def save_groups(
+    path: Path, groups: Mapping[str, Mapping[str, torch.Tensor]], *, durable: bool = False
+) -> None:
+    """Write groups of tensors to ``path`` atomically; group and tensor names may hold any character.
+
+    ``durable`` also waits until they have reached the disk.
+    """
     flat: dict[str, torch.Tensor] = {}
     names: list[tuple[str, str]] = []
     for group, tensors in groups.items():
@@ -29,7 +34,7 @@ def save_groups(path: Path, groups: Mapping[str, Mapping[str, torch.Tensor]]) ->
             flat[str(len(names))] = tensor.detach().cpu().contiguous()
             names.append((group, name))
     meta = {"groups": json.dumps(list(groups)), "names": json.dumps(names)}
-    atomic_write(path, save(flat, metadata=meta))
+    atomic_write(path, save(flat, metadata=meta), durable=durable)
 
 
 def load_groups(path: Path) -> TensorGroups:
@@ -61,6 +66,17 @@ def atomic_write(path: Path, data: bytes, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` have reached the disk as well."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,6 +7,8 @@ several samples this holds in every row that a single one of them reaches.
 ``readout``      the first linear layer, if it sees the input itself: one sample from one row
 ``imprint``      differences of neighbouring rows of the layer that a malicious server has put in front
                  (``flowerbed.models.imprint``, Fowl et al. 2022): every sample that is alone in its bin
+``trap``         the first linear layer, whose rows a malicious server made to fire rarely (``TrapWeights``, Boenisch
+                 et al. 2021): what two rows agree on is one sample, since mixtures differ from row to row
 ===============  ==================================================================================================
 """
 
@@ -35,6 +37,8 @@ from flowerbed.strategies.attacks.observation import (
 
 FAINT = 1e-6
 """Rows whose bias gradient is smaller than this share of the largest are rounding."""
+AGREE = 1e-2
+"""Root mean square, in units of the inputs, within which two rows say the same."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class ReadOut:
     """The layer's name; "" is the first linear layer of the model."""
     differences: bool = False
     """Whether of neighbouring rows, as behind an imprint layer."""
+    agreement: bool = False
+    """Whether inputs that several rows agree on come first, once each, instead of those of the strongest rows."""
     rule: str = "count"
     """How labels are restored where they are not given."""
 
@@ -76,7 +82,10 @@ class ReadOut:
         weight, bias = self._rows(module, gradient, observation)
         strength = bias.abs()
         order = strength.argsort(descending=True)
-        rows = order[: min(size, int((strength > FAINT * strength.max()).sum()))]
+        rows = order[: int((strength > FAINT * strength.max()).sum())]
+        if self.agreement:
+            rows = agreed(weight[rows] / bias[rows, None], rows)
+        rows = rows[:size]
         x = (weight[rows] / bias[rows, None]).float().view(-1, *observation.model.input_shape)
         # What was not found is filled up with what was, so that every sample has a guess.
         x = x.repeat(-(-size // max(1, len(x))), *[1] * (x.ndim - 1))[:size]
@@ -106,5 +115,20 @@ class ReadOut:
         return weight, bias
 
 
+def agreed(x: Tensor, rows: Tensor) -> Tensor:
+    """Return those of ``rows`` that say different things, what most rows say first.
+
+    ``x``: what each row says, ``(k, D)``, the strongest rows first. Of rows that agree the strongest one stays.
+    """
+    near = torch.cdist(x, x) < AGREE * x.shape[1] ** 0.5
+    votes, left, found = near.sum(1), torch.ones(len(x), dtype=torch.bool), []
+    for place in votes.argsort(descending=True, stable=True).tolist():
+        if left[place]:
+            found.append(place)
+            left &= ~near[place]
+    return rows[found]
+
+
 READOUT = ReadOut("readout")
+TRAP = ReadOut("trap", agreement=True)
 BINS = ReadOut("imprint", f"{IMPRINT}.rows", differences=True)

@@ -14,14 +14,18 @@ from torch.func import grad_and_value, vmap
 
 from flowerbed.errors import ConfigError
 from flowerbed.models.base import parameter_names
+from flowerbed.models.bottleneck import BOTTLENECK
 from flowerbed.storage import Tensors
 from flowerbed.strategies.attacks import candidates
 from flowerbed.strategies.attacks.candidates import Steps
-from flowerbed.strategies.attacks.objectives import Objective, masked
+from flowerbed.strategies.attacks.imitations import Imitation
+from flowerbed.strategies.attacks.objectives import Objective
 from flowerbed.strategies.attacks.observation import Gradient
-from flowerbed.strategies.attacks.priors import BatchStatistics, group_gap
-from flowerbed.strategies.attacks.spaces import LABELS, Pixels, Rows, Space, Variables, X, clamped
+from flowerbed.strategies.attacks.priors import BatchStatistics, SameSamples, group_gap
+from flowerbed.strategies.attacks.spaces import LABELS, NOISE, Pixels, Rows, Space, Variables, X, clamped
+from flowerbed.strategies.attacks.text import TextSpace, take_distributions
 
+BOTTLENECK_NOISE = f"{BOTTLENECK}.noise"
 Prior = Callable[[Tensor], Tensor]
 Given = tuple[Variables, Tensor, Variables, Variables, Variables]
 """What a row's cost depends on beside its variables: fixed ones, labels, observed, parameters, buffers."""
@@ -37,8 +41,9 @@ class Terms:
     priors: Sequence[Prior]
     statistics: BatchStatistics | None
     group: float
-    imitation: str
-    """none, mask or sign."""
+    imitation: Imitation
+    order: SameSamples | None = None
+    """What ties epochs that have samples of their own."""
 
 
 class Costs:
@@ -66,6 +71,9 @@ class Costs:
         self.rows, self.evaluations, self.device = rows, 0, device
         self._terms, self._steps, self._chunk = terms, steps, chunk
         self._module = copy.deepcopy(module).to(device).eval()
+        take_distributions(self._module)
+        # Torch's recurrent layers have no rule for vmap.
+        self.loops = any(isinstance(part, nn.RNNBase) for part in self._module.modules())
         if batch_statistics:
             candidates.use_batch_statistics(self._module)
         self._watched = candidates.batch_norms(self._module) if terms.statistics is not None else []
@@ -92,28 +100,28 @@ class Costs:
     ) -> tuple[Tensor, Tensor]:
         """Return a row's cost with priors, and D alone. Pure, but for what ``evaluations`` counts elsewhere."""
         x = space.decode({**variables, **fixed}, labels)
-        targets = variables[LABELS].softmax(-1) if LABELS in variables else labels
+        imitation = self._terms.imitation
+        if isinstance(space, TextSpace):
+            targets = space.targets({**variables, **fixed}, labels)
+        else:
+            targets = variables[LABELS].softmax(-1) if LABELS in variables else labels
+        targets = imitation.targets(targets, self.rows.classes)
+        if NOISE in variables:
+            buffers = {**buffers, BOTTLENECK_NOISE: variables[NOISE]}
         given = (self._module, parameters, buffers, x, targets)
         if self._steps.plain:
-            candidate, layers = candidates.gradient(*given, self._watched)
+            candidate, layers = candidates.gradient(*given, self._watched, imitation.example_clip)
         else:
-            candidate, layers = candidates.update(*given, self._steps, self._watched)
-        distance = self._distance(candidate, observed) * self._terms.scale
+            candidate, layers = candidates.update(*given, self._steps, self._watched, imitation.example_clip)
+        distance = self._terms.objective(*imitation.compared(candidate, observed)) * self._terms.scale
         total = distance + space.penalty(variables)
         for prior in self._terms.priors:
             total = total + prior(x)
+        if self._terms.order is not None and self._steps.apart:
+            total = total + self._terms.order(x, self._steps.epochs)
         if self._terms.statistics is not None:
             total = total + self._terms.statistics.of(layers)
         return total, distance
-
-    def _distance(self, candidate: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return D, the candidate treated as the client's defence is known to have treated the observed one."""
-        objective = self._terms.objective
-        if self._terms.imitation == "mask":
-            objective = masked(objective, {n: (v != 0).to(v.dtype) for n, v in observed.items()})
-        elif self._terms.imitation == "sign":
-            candidate = candidates.soft_sign(candidate)
-        return objective(candidate, observed)
 
     def row(self, space: Space, row: int) -> Given:
         """Return what the cost of a row depends on beside its variables."""
@@ -130,14 +138,19 @@ class Costs:
 
     def gradients(self, space: Space, variables: Variables) -> tuple[Variables, Tensor]:
         """Return every row's gradient by its variables, and every row's D."""
-        computed = vmap(
-            grad_and_value(functools.partial(self.of, space), has_aux=True),
-            in_dims=(0, 0, 0, 0, self._axis, self._axis),
-            chunk_size=self._chunk or None,
-        )
-        found, (_, distances) = computed(
-            variables, space.fixed, self.labels, self._observed, self._parameters, self._buffers
-        )
+        one = grad_and_value(functools.partial(self.of, space), has_aux=True)
+        if self.loops:
+            rows = [
+                one({n: v[row] for n, v in variables.items()}, *self.row(space, row))
+                for row in range(self.rows.count)
+            ]
+            found = {n: torch.stack([gradients[n] for gradients, _ in rows]) for n in variables}
+            distances = torch.stack([distance for _, (_, distance) in rows])
+        else:
+            computed = vmap(one, in_dims=(0, 0, 0, 0, self._axis, self._axis), chunk_size=self._chunk or None)
+            found, (_, distances) = computed(
+                variables, space.fixed, self.labels, self._observed, self._parameters, self._buffers
+            )
         self.count(self.rows.count)
         if self._terms.group:
             self._add_group(space, variables, found)
@@ -161,15 +174,20 @@ class Costs:
     @torch.no_grad()
     def judged(self, space: Space, variables: Variables) -> tuple[Tensor, Tensor, Tensor]:
         """Return the samples of all rows, clamped, their labels, and D there; what is not finite costs infinity."""
-        x = self.decoded(space, variables)
-        if len(self.rows.shape) == 3:
-            x = clamped(x, self.rows.scale)
-        soft = variables.get(LABELS)
-        labels = self.labels if soft is None else soft.argmax(-1)
+        beside = {n: variables[n] for n in (LABELS, NOISE) if n in variables}
+        if isinstance(space, TextSpace):
+            tokens: Tensor = vmap(space.settled)({**variables, **space.fixed}, self.labels)
+            x, labels = tokens[..., :-1], tokens[..., 1:]
+        else:
+            x = self.decoded(space, variables)
+            if len(self.rows.shape) == 3 and not (isinstance(space, Pixels) and space.encoded):
+                x = clamped(x, self.rows.scale)
+            labels = beside[LABELS].argmax(-1) if LABELS in beside else self.labels
         judge, costs = Pixels(), []
         for row in range(self.rows.count):
-            own = {X: x[row]} if soft is None else {X: x[row], LABELS: soft[row]}
-            _, distance = self.of(judge, own, *self.row(judge, row))
+            own = {X: x[row], **{n: v[row] for n, v in beside.items()}}
+            fixed, _, *others = self.row(judge, row)
+            _, distance = self.of(judge, own, fixed, labels[row], *others)
             costs.append(float(distance))
         self.count(self.rows.count)
         found = torch.tensor(costs).nan_to_num(nan=math.inf, posinf=math.inf)

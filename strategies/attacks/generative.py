@@ -12,9 +12,11 @@ does not jump between stages.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,11 +28,13 @@ from flowerbed.datasets.augment import Scale
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.base import Shape
 from flowerbed.models.generators import Generator, Layered
+from flowerbed.models.published_generators import published
 from flowerbed.strategies.attacks.spaces import Rows, Space, Variables
 
 Z, H = "z", "h"
 AVERAGE = "average."
 WEIGHTS = Path(__file__).parent / "weights"
+PICKLED = (".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +62,20 @@ class Prior:
     def load(cls, path: str | Path, shape: Shape, classes: int, scale: Scale, device: torch.device) -> Prior:
         """Read the generator that strategy ``gan`` trained: a run's model.safetensors, or the average alone.
 
-        ``path`` may also be the name of a prior that comes with the package (``shipped``). Raises ``ConfigError`` for a
-        file that holds none, or one of other images or classes.
+        ``path`` may also be the name of a prior that comes with the package (``shipped``), or a file with a user's
+        weights of StyleGAN2 or BigGAN (``flowerbed.models.published_generators``). Raises ``ConfigError`` for a file
+        that holds none, or one of other images or classes.
         """
-        try:
-            given = load_file(shipped().get(str(path), path))
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"attack.prior={path} cannot be read: {error}.") from error
+        given = _read(shipped().get(str(path), Path(path)))
+        foreign = published(given, shape)
+        if foreign is not None:
+            wanted_classes = getattr(foreign, "classes", classes)
+            require(
+                wanted_classes == classes,
+                f"attack.prior={path} knows {wanted_classes} classes, the attacked model {classes}; attack a model of "
+                "the same ones.",
+            )
+            return cls(foreign.eval().requires_grad_(False).to(device), shape, scale)
         own = {n.removeprefix(AVERAGE): v for n, v in given.items() if n.startswith(AVERAGE)} or dict(given)
         wanted = ("embedding.weight", "stem.weight", "out.weight")
         if not all(name in own for name in wanted):
@@ -221,6 +232,17 @@ class Weights:
 
     def advance(self, variables: Variables, labels: Tensor) -> tuple[Space, Variables] | None:
         return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file, or of one that ``torch.save`` wrote."""
+    try:
+        if path.suffix in PICKLED:
+            given: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return given
+        return dict(load_file(path))
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"attack.prior={path} cannot be read: {error}.") from error
 
 
 def shipped() -> dict[str, Path]:

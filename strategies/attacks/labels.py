@@ -16,17 +16,23 @@ rule                    reference                                     what it ta
 ``negative``            {c: db_c < 0}                                 distinct labels, a bias
 ``greedy``              Wainakh et al. 2022 (LLG)                     r >= 0
 ``greedy-bias``         the same on db                                a bias
+``greedy-measured``     the same as ``greedy``, what an absent class   r >= 0, a likely p and O
+                        has and what a sample adds measured on dummies
+``ilrg``                Ma et al. 2023: p by class from dW_c / db_c   a bias, one p for all samples of a class
 ``count``               Geng et al. 2021: n = B p - B S / O           a likely p and O, from dummy inputs
 ======================  ============================================  ===========================================
 
 ``count`` is the default. With the true p (and a bias) it is exact; p and O come from surrogate inputs, or from noise.
-It alone works for B above the number of classes.
+It works for B above the number of classes, and so does ``ilrg``.
+
+Behind several local steps the same holds for means over the steps. Those of p and O are taken from a line between the
+model that was sent and the one that came back (Dimitrov et al. 2022).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +60,11 @@ class Last:
     """p as measured on dummy inputs, ``(C,)``."""
     total: float
     """O: the mean sum of the layer's inputs on them."""
+    layer: nn.Linear
+    """As it was sent."""
+    smoothing: float = 0.0
+    """The share of every label that all classes divide between them, as far as the attacker knows; ``count`` takes it
+    off."""
 
     @property
     def sums(self) -> Tensor:
@@ -87,12 +98,13 @@ def last_layer(module: nn.Module, gradient: Gradient, batch: int, x: Tensor) -> 
         raise ConfigError("Labels are read from the gradient of a last linear layer, and there is none.")
     name = names[-1]
     head = module.get_submodule(name)
+    assert isinstance(head, nn.Linear)
     inputs: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     was_training = module.training
     module.eval()
     try:
-        probabilities = module(x).double().softmax(-1).mean(0)
+        probabilities = module(x).double().softmax(-1).flatten(0, -2).mean(0)
     finally:
         handle.remove()
         module.train(was_training)
@@ -103,6 +115,16 @@ def last_layer(module: nn.Module, gradient: Gradient, batch: int, x: Tensor) -> 
         batch,
         probabilities,
         float(inputs[0].double().sum(-1).mean()),
+        head,
+    )
+
+
+def between(sent: Last, returned: Last, share: float) -> Last:
+    """Return what the rules read of several steps: p and O this share of the way from the first model to the last."""
+    return replace(
+        sent,
+        probabilities=torch.lerp(sent.probabilities, returned.probabilities, share),
+        total=sent.total + share * (returned.total - sent.total),
     )
 
 
@@ -155,15 +177,41 @@ def greedy_bias(last: Last) -> Tensor:
     return _greedily(bias.clone(), bias[bias < 0].sum() / last.batch, last.batch)
 
 
+@RULES.register("greedy-measured")
+def greedy_measured(last: Last) -> Tensor:
+    """Return B labels as ``greedy`` does, where a class without samples has S = p O and a sample adds -O / B."""
+    return _greedily(
+        last.sums - last.probabilities * last.total, torch.tensor(-last.total / last.batch), last.batch
+    )
+
+
+@RULES.register("ilrg")
+def ilrg(last: Last) -> Tensor:
+    """Return B labels whose counts solve sum_c n_c P_ck - n_k = B db_k for all k, and sum_c n_c = B.
+
+    P_c is the softmax at the mean input r_c = dW_c / db_c of class c (instance-wise in the paper, which takes every
+    sample of a class to be like the others).
+    """
+    bias = _bias(last)
+    weight, offset = last.layer.weight.detach().double(), last.layer.bias.detach().double()
+    r = last.weight / torch.where(bias.abs() < 1e-12, 1e-12, bias)[:, None]
+    p = (r @ weight.T + offset).softmax(-1)
+    a = torch.cat([p.T - torch.eye(len(bias), dtype=p.dtype), torch.ones(1, len(bias), dtype=p.dtype)])
+    b = last.batch * torch.cat([bias, torch.ones(1, dtype=p.dtype)])
+    return rounded(torch.linalg.pinv(a) @ b, last.batch)
+
+
 @RULES.register("count")
 def count(last: Last) -> Tensor:
     """Return B labels whose counts are the most likely ones given p, from db if there is a bias, else from S / O."""
     difference = last.bias if last.bias is not None else last.sums / last.total
-    counts = last.batch * (last.probabilities - difference)
-    return _rounded(counts, last.batch)
+    found = last.batch * (last.probabilities - difference)
+    # What is found are sums of softened labels, (1 - s) n_c + s B / C.
+    counts = (found - last.smoothing * last.batch / len(found)) / (1 - last.smoothing)
+    return rounded(counts, last.batch)
 
 
-def _rounded(counts: Tensor, batch: int) -> Tensor:
+def rounded(counts: Tensor, batch: int) -> Tensor:
     """Return labels whose counts are integers near ``counts`` that add up to ``batch`` (largest remainders)."""
     counts = counts.clamp(min=0)
     counts = counts * batch / counts.sum().clamp(min=1e-12)

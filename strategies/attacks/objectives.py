@@ -1,19 +1,21 @@
 """How far the gradient of a candidate is from the one observed: pure functions of two named gradients.
 
 Every function takes the candidate's gradient u and the observed v, tensors by the same names, and returns a scalar
-that is 0 where they are equal. ``mask`` says by name which entries take part (None: all).
+that is 0 where they are equal. What of a defence is repeated on u first is ``flowerbed.strategies.attacks.imitations``.
+Of Gaussian noise on v of unknown size the cosine is the likelihood: min over s of |s u - v|^2 is |v|^2 (1 - cos^2).
 
-===========  ==================================================================  =======================
-name         formula                                                             reference
-===========  ==================================================================  =======================
-``l2``       sum (u - v)^2                                                       Zhu et al. 2019 (DLG)
-``means``    mean over tensors of sum (u - v)^2                                  Li et al. 2022 (GGL)
-``l1``       sum |u - v|
-``cosine``   1 - <u, v> / (|u| |v|), one vector of all tensors                   Geiping et al. 2020
-``layers``   mean over tensors of the same, each for itself                      Balunovic et al. 2022
-``norms``    sum over tensors of |u - v|                                         Yin et al. 2021
-``tag``      sum over tensors of |u - v|^2 + a w_l |u - v|_1, w_l = 1 .. 1/L     Deng et al. 2021
-===========  ==================================================================  =======================
+===============  ==================================================================  ==============================
+name             formula                                                             reference
+===============  ==================================================================  ==============================
+``l2``           sum (u - v)^2                                                       Zhu et al. 2019 (DLG)
+``means``        mean over tensors of sum (u - v)^2                                  Li et al. 2022 (GGL)
+``l1``           sum |u - v|
+``cosine``       1 - <u, v> / (|u| |v|), one vector of all tensors                   Geiping et al. 2020
+``layers``       mean over tensors of the same, each for itself                      Balunovic et al. 2022
+``norms``        sum over tensors of |u - v|                                         Yin et al. 2021
+``l1-relative``  sum |u - v| / sum |v|                                               likelihood of Laplace noise
+``tag``          sum over tensors of |u - v|^2 + a w_l |u - v|_1, w_l = 1 .. 1/L     Deng et al. 2021
+===============  ==================================================================  ==============================
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from flowerbed.registry import Registry
 
 Objective = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 OBJECTIVES: Registry[Objective] = Registry("objective")
+SCALE_FREE = frozenset({"cosine", "layers"})
+"""Objectives that do not see how long a gradient is."""
 TINY = 1e-12
 TAG_SCALE = 0.1
 """a of ``tag``."""
@@ -48,6 +52,12 @@ def means(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Te
 def l1(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of absolute differences."""
     return _total((candidate[n] - v).abs().sum() for n, v in observed.items())
+
+
+@OBJECTIVES.register("l1-relative")
+def l1_relative(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of absolute differences, in units of the observed size."""
+    return l1(candidate, observed) / _total(v.abs().sum() for v in observed.values()).clamp(min=TINY)
 
 
 @OBJECTIVES.register("cosine")
@@ -78,16 +88,6 @@ def tag(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tens
         weight = TAG_SCALE * (1 - place / len(observed))
         total = total + weight * (candidate[name] - v).abs().sum()
     return total
-
-
-def masked(objective: Objective, mask: Mapping[str, Tensor]) -> Objective:
-    """Return the objective over the entries where ``mask`` is 1, both sides alike."""
-
-    def found(candidate: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
-        kept = {n: candidate[n] * mask[n] for n in observed}
-        return objective(kept, {n: v * mask[n] for n, v in observed.items()})
-
-    return found
 
 
 def _total(terms: object) -> Tensor:

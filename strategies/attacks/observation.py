@@ -19,16 +19,18 @@ from flowerbed.storage import Tensors, atomic_write, load_groups, save_groups
 
 SENT, RETURNED = "sent", "returned"
 NORMALISATIONS = ("eval", "train")
+COHORT = -1
+"""Stands for the client where a whole cohort was observed, as its mean."""
 Gradient = dict[str, Tensor]
 """Named tensors shaped like the model's trainable parameters."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One exchange with one client, from the server's side."""
+    """One exchange with one client, or the mean of those with a cohort, from the server's side."""
 
     client: int
-    """The client's number in a simulation, or its node id."""
+    """The client's number in a simulation, or its node id; ``COHORT`` for a mean."""
     round: int
     """From 1."""
     model: ModelSpec
@@ -37,7 +39,14 @@ class Observation:
     returned: Tensors
     """Those that came back, by the same names; what stayed at the client is missing."""
     examples: int | None = None
-    """The number of training samples that the client told."""
+    """The number of training samples that the client told; of a cohort, of all together."""
+    members: tuple[int, ...] = ()
+    """The cohort whose mean ``returned`` is; () for a single client."""
+
+    @property
+    def who(self) -> str:
+        """What sent it, for messages."""
+        return f"the cohort of {len(self.members)}" if self.members else f"client {self.client}"
 
     def save(self, stem: Path) -> None:
         """Write ``stem``.safetensors (the tensors) and ``stem``.json (the rest)."""
@@ -45,7 +54,14 @@ class Observation:
         save_groups(_suffixed(stem, ".safetensors"), {SENT: self.sent, RETURNED: self.returned})
         # The weights' file is of another machine, and what it held was sent.
         model = {key: value for key, value in asdict(self.model).items() if key != "weights"}
-        told = {"client": self.client, "round": self.round, "examples": self.examples, "model": model}
+        told: dict[str, Any] = {
+            "client": self.client,
+            "round": self.round,
+            "examples": self.examples,
+            "model": model,
+        }
+        if self.members:
+            told["members"] = list(self.members)
         atomic_write(_suffixed(stem, ".json"), (json.dumps(told, indent=1) + "\n").encode())
 
     @classmethod
@@ -55,7 +71,16 @@ class Observation:
             told = json.loads(_suffixed(stem, ".json").read_text())
             model = ModelSpec(**{**told["model"], "input_shape": tuple(told["model"]["input_shape"])})
             groups = load_groups(_suffixed(stem, ".safetensors"))
-            return cls(told["client"], told["round"], model, groups[SENT], groups[RETURNED], told["examples"])
+            members = tuple(told.get("members", ()))
+            return cls(
+                told["client"],
+                told["round"],
+                model,
+                groups[SENT],
+                groups[RETURNED],
+                told["examples"],
+                members,
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The observation {stem} cannot be read ({error!r}).") from error
 
@@ -66,7 +91,7 @@ class Observation:
         """
         module = self.model.build(0)
         own = module.state_dict()
-        who = f"The observation of client {self.client} in round {self.round}"
+        who = f"The observation of {self.who} in round {self.round}"
         for name, value in own.items():
             for what, tensors in ((SENT, self.sent), (RETURNED, self.returned)):
                 if name not in tensors:
@@ -150,10 +175,11 @@ def batch_size(observation: Observation, side: SideInfo) -> int:
     size, local = side.batch or observation.examples, side.local
     if not size:
         raise ConfigError(
-            f"Nobody told how many samples are behind the update of client {observation.client}; give batch=N."
+            f"Nobody told how many samples are behind the update of {observation.who}; give batch=N."
         )
     if side.batch is None and local is not None and local.steps == 1 and local.batch_size:
-        return min(local.batch_size, size)
+        # A cohort's clients send a batch each; who has fewer samples than that is not told apart.
+        return min(local.batch_size * max(1, len(observation.members)), size)
     return size
 
 
@@ -172,7 +198,8 @@ def why_inexact(observation: Observation, side: SideInfo) -> str | None:
         return "the learning rate was 0"
     if observation.examples is None and not (local.steps == 1 or local.batch_size == 0):
         return "nobody told how many samples the client has, hence how many steps it made"
-    steps = local.steps_per_round(observation.examples or 1)
+    # Of a cohort, an average client's.
+    steps = local.steps_per_round(-(-(observation.examples or 1) // max(1, len(observation.members))))
     if steps > 1:
         return f"the client made {steps} steps"
     if local.schedule == "cosine" and side.rounds is None:
@@ -190,7 +217,7 @@ def gradient_of(observation: Observation, side: SideInfo) -> Gradient:
     reason = why_inexact(observation, side)
     if reason is not None:
         raise ConfigError(
-            f"The update of client {observation.client} is no single gradient: {reason}. Use an attack that imitates "
+            f"The update of {observation.who} is no single gradient: {reason}. Use an attack that imitates "
             "the local steps."
         )
     local = side.local
@@ -204,7 +231,7 @@ def gradient_of(observation: Observation, side: SideInfo) -> Gradient:
             gradient = moved / factor - local.weight_decay * observation.sent[name].double()
             found[name] = gradient.to(observation.sent[name].dtype)
     if not any(bool(value.any()) for value in found.values()):
-        raise ConfigError(f"The update of client {observation.client} is 0 everywhere; it tells nothing.")
+        raise ConfigError(f"The update of {observation.who} is 0 everywhere; it tells nothing.")
     return found
 
 

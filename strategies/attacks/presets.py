@@ -8,8 +8,14 @@
 ``wang``             Wang et al. 2019: l2, TV with exponents, L-BFGS in the box
 ``gradinversion``    Yin et al. 2021: norms, TV, norm, batch statistics, group term, noise
 ``tag``              Deng et al. 2021: l2 plus weighted l1, labels searched for, Adam, clipped
+``fedavg``           Dimitrov et al. 2022: as ``ig``, epochs with samples of their own, matched and averaged
 ``readout``          the input of a first linear layer, divided out of its gradient
 ``imprint``          Fowl et al. 2022 (Robbing the Fed): the bins of an imprint layer
+``trap``             Boenisch et al. 2021 (Curious Abandon Honesty): rows of trap weights that agree
+``fishing``          Wen et al. 2022: the samples that a head made to fish let through, as ``modern`` finds them
+``rgap``             Zhu and Blaschko 2021 (R-GAP): the input layer by layer, from the loss backwards
+``lamp``             Balunovic et al. 2022: tokens, cosine, discrete moves, a language model of public text
+``positions``        the tokens of one sequence from the gradient of a table of positions, solved for
 ``latent``           the latent code of a generator alone, cosine
 ``ggl``              Li et al. 2022: the same by CMA-ES on l2, with a penalty on the code
 ``gias``             Jeon et al. 2021: the latent code, then the generator's weights, cosine
@@ -27,14 +33,17 @@ from collections.abc import Callable
 
 from flowerbed.errors import ConfigError
 from flowerbed.registry import Registry
-from flowerbed.strategies.attacks.analytic import BINS, READOUT, ReadOut
+from flowerbed.strategies.attacks.analytic import BINS, READOUT, TRAP, ReadOut
 from flowerbed.strategies.attacks.descents import Descent
+from flowerbed.strategies.attacks.fishing import Fishing
 from flowerbed.strategies.attacks.generative import Latent, Prior, shipped
 from flowerbed.strategies.attacks.inversion import Inversion
-from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, TotalVariation
+from flowerbed.strategies.attacks.priors import BatchStatistics, Norm, SameSamples, TotalVariation
+from flowerbed.strategies.attacks.recursive import Recursive
 from flowerbed.strategies.attacks.spaces import Pixels
+from flowerbed.strategies.attacks.text import PositionReadOut, Tokens
 
-Attack = Inversion | ReadOut
+Attack = Inversion | ReadOut | Fishing | Recursive | PositionReadOut
 Preset = Callable[[Prior | None], Attack]
 ATTACKS: Registry[Preset] = Registry("attack")
 
@@ -69,13 +78,12 @@ _plain(
         descents=(Descent(steps=24_000, lr=0.1, sign="hard", schedule="steps"),),
     )
 )
-_plain(
-    Inversion(
-        "modern",
-        priors=(TotalVariation(0.1, p=2.0, q=0.5),),
-        descents=(Descent(steps=24_000, lr=0.1, sign="soft", schedule="cosine", warmup=50),),
-    )
+MODERN = Inversion(
+    "modern",
+    priors=(TotalVariation(0.1, p=2.0, q=0.5),),
+    descents=(Descent(steps=24_000, lr=0.1, sign="soft", schedule="cosine", warmup=50),),
 )
+_plain(MODERN)
 _plain(
     Inversion(
         "wang",
@@ -106,11 +114,36 @@ _plain(
     )
 )
 
+_plain(
+    Inversion(
+        "fedavg",
+        priors=(TotalVariation(0.002),),
+        order=SameSamples(0.01),
+        descents=(Descent(steps=1000, lr=0.1, schedule="cosine"),),
+    )
+)
+_plain(
+    Inversion(
+        "lamp",
+        Tokens(),
+        descents=(Descent(steps=100, lr=0.1),),
+    )
+)
+_plain(PositionReadOut())
 _plain(READOUT)
 _plain(BINS)
+_plain(TRAP)
+_plain(Fishing(search=MODERN))
+_plain(Recursive())
 
-WITHOUT_SEARCH = frozenset({"readout", "imprint"})
+TAMPERINGS = {"trap": "trap_weights", "fishing": "class_fishing"}
+"""What the server of a run does for attacks that need a malicious one, unless ``tampering`` says otherwise."""
+WITHOUT_SEARCH = frozenset({"readout", "imprint", "trap", "rgap", "positions"})
 """Attacks that have no candidates, hence nothing to repeat a defence on."""
+TEXT = frozenset({"lamp", "positions"})
+"""Attacks on language models; all others are on images."""
+GENERATIVE = {"latent": "cosine", "ggl": "means", "gias": "cosine", "gifd": "cosine"}
+"""Attacks that search inside a generator, with their objective."""
 STAGED = frozenset({"gias", "gifd"})
 """Attacks of several stages, which an expected distance ends."""
 IMAGES = (TotalVariation(1e-4), Norm(1e-6))

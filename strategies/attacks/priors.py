@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowerbed.errors import require
+
 TINY = 1e-12
 
 
@@ -70,6 +72,32 @@ class BatchStatistics:
             gap = gap + (variance - layer.running_var).square().sum().add(TINY).sqrt()
             total = total + gap * (self.first if place == 0 else 1.0)
         return self.weight * total
+
+
+@dataclass(frozen=True)
+class SameSamples:
+    """weight * mean over pairs of epochs of |g(X_e) - g(X_f)|_2^2 / |X|, g blind to order (Dimitrov et al. 2022).
+
+    Every epoch of local training went through the same samples, each in an order of its own. g is the mean over the
+    samples, or the largest value of every input.
+    """
+
+    weight: float
+    aggregate: str = "mean"
+
+    def __post_init__(self) -> None:
+        require(
+            self.aggregate in ("mean", "max"),
+            f"Epochs are compared by '{self.aggregate}'; choose from mean, max.",
+        )
+
+    def __call__(self, x: Tensor, epochs: int) -> Tensor:
+        """Return the term for ``(epochs * N, ...)``."""
+        apart = x.view(epochs, len(x) // epochs, -1)
+        g = apart.mean(1) if self.aggregate == "mean" else apart.amax(1)
+        # Over ordered pairs, the distance of equal ones being 0: twice the variance over epochs.
+        term: Tensor = self.weight * 2 * (g - g.mean(0)).square().mean()
+        return term
 
 
 def group_gap(x: Tensor, weight: float) -> Tensor:

@@ -21,6 +21,7 @@ from flowerbed.models.base import Shape
 STARTS = ("normal", "uniform", "grey")
 LABELS = "labels"
 X = "x"
+NOISE = "noise"
 Variables = dict[str, Tensor]
 
 
@@ -86,6 +87,10 @@ class Pixels:
     """normal: standard normal values; uniform: pixels in [0, 1]; grey: pixels of 0.5."""
     labels: bool = False
     """Search for labels as well: B rows of logits, a soft target each (DLG)."""
+    encoded: bool = False
+    """Whether the samples are encodings, whose values may be anything: no box, then or at the end."""
+    bottleneck: int = 0
+    """Search for the noise of the model's variational bottleneck as well: so many numbers a sample; 0 is none."""
 
     @property
     def fixed(self) -> Variables:
@@ -106,6 +111,8 @@ class Pixels:
         self.constrain(found, rows)
         if self.labels:
             found[LABELS] = rows.draws("start labels", rows.batch, rows.classes)
+        if self.bottleneck:
+            found[NOISE] = rows.draws("start noise", rows.batch, self.bottleneck)
         return found
 
     def decode(self, variables: Mapping[str, Tensor], labels: Tensor) -> Tensor:
@@ -115,7 +122,7 @@ class Pixels:
         return variables[X].new_zeros(())
 
     def constrain(self, variables: Variables, rows: Rows) -> None:
-        if self.boxed and len(rows.shape) == 3:
+        if self.boxed and not self.encoded and len(rows.shape) == 3:
             variables[X].copy_(clamped(variables[X], rows.scale))
 
     def advance(self, variables: Variables, labels: Tensor) -> tuple[Space, Variables] | None:

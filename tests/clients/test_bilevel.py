@@ -78,7 +78,7 @@ def rounds(lengths: list[int], warm_up: int = 0) -> tuple[Diary, dict[str, Tenso
     local = worlds.open_round(STEP)
     diary, start = Diary(local), 0
     for number, length in enumerate(lengths):
-        now = replace(local, clock=Between(number + 1, 5, length, start))
+        now = replace(local, clock=Between(number + 1, 5, length, start=start))
         alternate(now, *diary.levels(), {}, warm_up)
         start += length
     return diary, {name: value.detach().clone() for name, value in local.model.state_dict().items()}

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from torch import nn
 from flowerbed.datasets.sources import load_dataset
 from flowerbed.experiments import cli
 from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.parts import build_parts
 from flowerbed.server.callbacks import MetricsLog
 
 QUICK = [
@@ -47,7 +50,8 @@ def test_a_run_directory_keeps_its_contract(tmp_path: Path, capsys: pytest.Captu
     run = tmp_path / "run"
     # Hydra leaves nothing of its own.
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "figures", "metrics.jsonl", "model.safetensors", "summary.json",
+        "checkpoints", "config.yaml", "figures", "metrics.jsonl", "model.safetensors", "partition.npz",
+        "summary.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -71,6 +75,25 @@ def test_a_run_directory_keeps_its_contract(tmp_path: Path, capsys: pytest.Captu
     assert {"reason", "rounds", "mean_of_last_5", "failures", "seed", "versions", "git_commit", "config_hash",
             "wall_seconds", "peak_memory_mib"} <= set(summary)  # fmt: skip
     assert summary["failures"] == {"total": 0, "by_kind": {}, "by_client": {}}
+
+    # Who holds what, counted one sample at a time.
+    parts = build_parts(simulation)
+    with np.load(run / "partition.npz") as file:
+        counts, classes = file["counts"], file["classes"].tolist()
+    assert classes == list(digits.classes)
+    by_hand = [
+        Counter(digits.train.labels[i].item() for i in parts.train.indices(k).tolist()) for k in range(4)
+    ]
+    assert counts.tolist() == [[held[c] for c in range(10)] for held in by_hand]
+
+    # Every client's own figure: on average, weighted by its samples, they are those of all clients together.
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["phase"] == "evaluate-clients"
+    found = last["metrics"]
+    assert found["client-numbers"] == [0, 1, 2, 3]
+    sizes = [len(parts.test.indices(k)) for k in range(4)]
+    assert np.average(found["accuracy-by-client"], weights=sizes) == pytest.approx(found["accuracy"])
+    assert found["accuracy-quantiles"][0] == found["accuracy-worst"]
 
     records = MetricsLog(run / "metrics.jsonl").records()
     phases = [(r.round, r.phase) for r in records]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowerbed.datasets.augment import Scale
@@ -168,10 +169,18 @@ def test_the_command_writes_what_it_found(run: Path, capsys: pytest.CaptureFixtu
     assert {p.name for p in folder.iterdir()} == {
         "attack.json",
         "attack.md",
+        "pairs.safetensors",
         "gallery.png",
         "reconstructions.safetensors",
     }
     assert "| null: class mean |" in (folder / "attack.md").read_text()
+    # The images that are kept for the gallery stand beside what belongs to them: they give the figures again.
+    pairs = load_file(folder / "pairs.safetensors")
+    for victim in found["victims"]:
+        end = f"round-1-client-{victim['client']}"
+        gap = (pairs[f"original-{end}"].double() - pairs[f"found-{end}"].double()) / 255
+        again = -10 * gap.square().flatten(1).mean(1).log10()
+        assert again.tolist() == pytest.approx([image["psnr"] for image in victim["images"]], abs=0.1)
 
 
 def test_poisoned_truth_changes_no_reconstruction(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

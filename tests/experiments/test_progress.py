@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from flowerbed.experiments.progress import Lines, Live, Silent, Tally, display, duration, wants_live
+from flowerbed.datasets.sources import load_dataset
+from flowerbed.experiments.progress import Lines, Live, Silent, Steps, Tally, display, waiting, wants_live
+from flowerbed.experiments.text import duration
 from flowerbed.server.callbacks import CLIENTS, SERVER, Record
 
 
@@ -116,3 +122,75 @@ def test_a_live_display_is_for_terminals_unless_asked_for(monkeypatch: pytest.Mo
 
 def test_durations() -> None:
     assert [duration(s) for s in (0, 59.6, 61, 3600, 7325)] == ["0:00", "1:00", "1:01", "1:00:00", "2:02:05"]
+
+
+def test_what_one_waits_for_before_the_first_round_is_shown() -> None:
+    out = io.StringIO()
+    live = Live(Console(file=out, force_terminal=True, width=120))
+    with live.busy("preparing data and model"):
+        live.download("set.tar.gz", 5_000_000, 10_000_000)
+        with live.busy("decoding cifar10"):
+            pass
+    live.started(1, 1)
+    one_round(live, Clock(), 1)
+    live.finished("completed")
+    text = out.getvalue()
+    for shown in ("preparing data and model", "downloading set.tar.gz", "5 MB of 10 MB", "1/1"):
+        assert shown in text
+    # A failure gives the terminal back: another display can be opened.
+    with (
+        pytest.raises(ValueError, match="no data"),
+        Live(Console(file=out, force_terminal=True)).busy("loading"),
+    ):
+        raise ValueError("no data")
+    with Live(Console(file=out, force_terminal=True)).busy("again"):
+        pass
+    with Silent().busy("nothing"):
+        pass
+
+
+def test_decoding_is_told_and_a_cached_set_decodes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    arrays = {"x_train": np.zeros((4, 1, 2, 2), np.uint8), "y_train": np.array([0, 1, 0, 1])}
+    arrays |= {"x_test": arrays["x_train"][:2], "y_test": arrays["y_train"][:2]}
+    np.savez(path, **arrays)
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def busy(text: str) -> Iterator[None]:
+        told.append(text)
+        yield
+        told.append("over")
+
+    for _ in range(2):
+        load_dataset(f"npz:{path}", cache_dir=tmp_path / "cache", busy=busy)
+        assert told == [f"decoding npz:{path}", "over"]
+
+
+def test_steps_are_ten_plain_lines_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (3, 10, 2000, 2001):
+        with Steps("attack ig") as show:
+            for step in range(1, steps + 1):
+                show(step, steps)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == min(steps, 10)
+        assert lines[-1] == f"attack ig: step {steps} of {steps}"
+
+
+def test_steps_are_a_bar_on_a_terminal_and_a_new_stage_starts_it_anew() -> None:
+    out = io.StringIO()
+    with Steps("attack gifd", Console(file=out, force_terminal=True, width=100)) as show:
+        for stage in (20, 20, 30):
+            for step in range(1, stage + 1):
+                show(step, stage)
+    text = out.getvalue()
+    assert "attack gifd" in text
+    assert "30/30" in text
+    assert "step" not in text
+
+
+def test_waiting_says_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with waiting("reading"):
+        pass
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")

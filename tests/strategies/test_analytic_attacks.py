@@ -66,6 +66,20 @@ def test_hits_follow_the_law_of_bins(batch: int, bins: int) -> None:
     assert hits / runs == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize(("batch", "bins"), [(8, 16), (32, 64), (64, 64)])
+def test_the_law_of_bins_is_the_expectation(batch: int, bins: int) -> None:
+    """Against 4000 draws of equal bins, within four standard errors; and the edges of the layer make such bins."""
+    rng = torch.Generator().manual_seed(batch + bins)
+    h = torch.randn(4000, batch, generator=rng, dtype=torch.float64)
+    layer = Imprint(SHAPE, bins, mean=0.0, std=1.0, leak=0.0)
+    place = torch.bucketize(h, -layer.rows.bias.detach().double())
+    counts = torch.zeros(4000, bins + 1).scatter_add(1, place, torch.ones_like(h).float())
+    alone = (counts == 1).sum(1).double()
+    expected = batch * (1 - 1 / bins) ** (batch - 1)
+    error = float(alone.std()) / 4000**0.5
+    assert abs(float(alone.mean()) - expected) < 4 * error < 0.1 * expected
+
+
 def test_a_model_without_such_a_layer_is_refused() -> None:
     x, y = images(1), torch.tensor([1])
     with pytest.raises(ConfigError, match="has none in front"):

@@ -172,6 +172,22 @@ def test_a_stage_that_explains_enough_ends_the_choice(prior: Prior) -> None:
     assert torch.equal(stopped.run([case], seed=3)[0].x, one.x)
 
 
+def test_the_last_stage_is_reported_where_that_is_asked_for(prior: Prior) -> None:
+    """A last stage with a senseless rate ends far from where it began; only the control reports it."""
+    x = SCALE.values(torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    case = (observed(x, torch.tensor([2]), VICTIM), replace(SIDE, labels=torch.tensor([2])))
+    good, bad = Descent(steps=20, lr=0.05, schedule="ilo"), Descent(steps=5, lr=1000.0)
+    one, best, last = (
+        Inversion("x", Latent(prior, stages=stages), descents=(good, bad), last_stage=asked).run(
+            [case], seed=3
+        )[0]
+        for stages, asked in ((0, False), (1, False), (1, True))
+    )
+    assert torch.equal(best.x, one.x)
+    assert best.cost == one.cost < last.cost
+    assert not torch.equal(last.x, one.x)
+
+
 def test_every_generative_preset_runs(prior: Prior) -> None:
     pytest.importorskip("cma", reason="the search of GGL; install flowerbed[attacks]")
     x = SCALE.values(torch.rand(2, *SHAPE))
