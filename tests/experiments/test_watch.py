@@ -757,12 +757,14 @@ def test_records_that_come_while_a_page_is_answered_are_sent_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", rounds=1, ended=False)
-    real, written = server.content, [1]
+    real, written, turn = server.content, [1], threading.Lock()
 
     def write() -> None:
-        written.append(written[-1] + 1)
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(line(written[-1], loss=1.0))
+        # The server's thread and this one both write: a line each, in the order of its number.
+        with turn:
+            written.append(written[-1] + 1)
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(line(written[-1], loss=1.0))
 
     def content(served: WatchServer, entry: index.Entry) -> dict[str, Any]:
         # The worst moment: after it was seen how many there are, before they are read.
