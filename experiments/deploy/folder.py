@@ -210,9 +210,8 @@ def create(
     deployment.app.mkdir()
     (deployment.app / "pyproject.toml").write_text(templates.APP)
     (root / "flowerbed-server.service").write_text(templates.server_unit(root))
-    (root / "compose.yaml").write_text(
-        templates.compose(settings.address, settings.port, names, f"{os.getuid()}:{os.getgid()}")
-    )
+    owner = f"{os.getuid()}:{os.getgid()}"
+    (root / "compose.yaml").write_text(templates.compose(settings.address, settings.port, names, owner))
     for node in nodes:
         _create_bundle(deployment, node)
     return deployment
