@@ -23,7 +23,7 @@ from flowerbed.experiments.comparison import FINISHED, ON_CLIENTS, Comparison, M
 from flowerbed.experiments.config import Simulation
 from flowerbed.experiments.parts import build_parts
 from flowerbed.experiments.simulation import run_simulation
-from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, MetricsLog, Record
+from flowerbed.server.callbacks import CLIENTS, Callback, MetricsLog, Record
 
 SHARED = ("dataset", "data", "partition", "encoder", "evaluation", "stop")
 """What all methods of a comparison must have in common, besides the number of clients and of rounds."""
@@ -184,7 +184,8 @@ def _described(
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         status, reason, values = "diverged", f"{bad[0]} is {values[bad[0]]}", {}
-    judged = len(summaries.evaluations(records, SERVER)[-last:])
+    phases = {metric.phase for metric in metrics}
+    judged = min(len(summaries.evaluations(records, phase)[-last:]) for phase in phases)
     return Run(
         method=label,
         seed=simulation.seed,

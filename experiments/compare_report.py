@@ -178,22 +178,30 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Return a row a metric: the methods from best to worst with their runs, and the curves by round."""
+    """Return a row a metric: the methods from best to worst with their runs, and the curves by round.
+
+    There are no curves where no run was evaluated in more than one round.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     methods, metrics = len(comparison.methods), len(comparison.metrics)
     height = 1.3 + metrics * max(2.4, 0.9 + 0.34 * methods)
-    made = Figure(figsize=(10.5, height), dpi=140, layout="constrained")
+    curved = any(len(curve) > 1 for run in comparison.runs for curve in run.curves.values())
+    widths = (1.0, 1.25) if curved else (1.0,)
+    made = Figure(figsize=(10.5 if curved else 7.5, height), dpi=140, layout="constrained")
     FigureCanvasAgg(made)
-    grid = made.subplots(metrics, 2, squeeze=False, width_ratios=(1.0, 1.25))
-    for (dots, curves), metric in zip(grid, comparison.metrics, strict=True):
-        _draw_dots(dots, comparison, metric)
-        _draw_curves(curves, comparison, metric)
+    grid = made.subplots(metrics, len(widths), squeeze=False, width_ratios=widths)
+    for row, metric in zip(grid, comparison.metrics, strict=True):
+        _draw_dots(row[0], comparison, metric)
+        if curved:
+            _draw_curves(row[1], comparison, metric)
     count = len(comparison.seeds)
     text = f"{_short_settings(comparison)}, {count} seed{'s' if count > 1 else ''}"
     made.suptitle(text, x=0.01, ha="left", fontsize=11, color=INK)
-    legend = "left: mean over seeds, 95 % interval, and each seed below; right: mean and range of the seeds"
+    legend = "mean over seeds, 95 % interval, and each seed below"
+    if curved:
+        legend = f"left: {legend}; right: mean and range of the seeds"
     made.supxlabel(legend if count > 1 else "one seed", x=0.01, ha="left", fontsize=8, color=INK)
     return made
 

@@ -64,7 +64,7 @@ class Run:
     reason: str
     rounds: int
     evaluations: int
-    """Evaluations that a figure of the server is the mean of."""
+    """Evaluations that a figure is the mean of; where server and clients differ, the fewer."""
     values: Mapping[str, float]
     """The selected figure by metric; {} unless the run is finished."""
     curves: Mapping[str, Sequence[tuple[int, float]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ KEY = "node.key"
 PLAN = "plan.json"
 NODES = "nodes.json"
 APP = "flowerbed-app"
+FLOWER_HOME = "flower"
+"""Folder for Flower's own files, on the server's machine and on a device."""
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -207,7 +210,8 @@ def create(
     deployment.app.mkdir()
     (deployment.app / "pyproject.toml").write_text(templates.APP)
     (root / "flowerbed-server.service").write_text(templates.server_unit(root))
-    (root / "compose.yaml").write_text(templates.compose(settings.address, settings.port, names))
+    owner = f"{os.getuid()}:{os.getgid()}"
+    (root / "compose.yaml").write_text(templates.compose(settings.address, settings.port, names, owner))
     for node in nodes:
         _create_bundle(deployment, node)
     return deployment

@@ -22,7 +22,14 @@ from typing import IO
 
 from flowerbed.errors import ConfigError
 from flowerbed.experiments.deploy import certificates, flower
-from flowerbed.experiments.deploy.folder import DEVICE, KEY, NODE_SETTINGS, NodeSettings, read_settings
+from flowerbed.experiments.deploy.folder import (
+    DEVICE,
+    FLOWER_HOME,
+    KEY,
+    NODE_SETTINGS,
+    NodeSettings,
+    read_settings,
+)
 
 SKEW = 60.0
 """Seconds by which a device's clock may differ from the server's; Flower takes no signature older than 5 minutes."""
@@ -114,7 +121,7 @@ class DeviceNode:
 
     def _one_life(self) -> tuple[int, list[str]]:
         """Run a SuperNode, and a warm process beside it, until it ends; return its code and its last lines."""
-        home = self.folder / "flower"
+        home = self.folder / FLOWER_HOME
         home.mkdir(mode=0o700, exist_ok=True)
         secret = home / "secret"
         certificates.write_private(secret, secrets.token_hex(32).encode())

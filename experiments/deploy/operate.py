@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flowerbed.errors import ConfigError, RunError
 from flowerbed.experiments.deploy import certificates, flower
 from flowerbed.experiments.deploy.flower import COMPLETED, RUNNING, Control, FlowerRun, ServerAway
-from flowerbed.experiments.deploy.folder import KEY, PLAN, RUN_NAME, Deployment
+from flowerbed.experiments.deploy.folder import FLOWER_HOME, KEY, PLAN, RUN_NAME, Deployment
 from flowerbed.experiments.deploy.node import require_free
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ Say = Callable[[str], None]
 
 def connect(deployment: Deployment) -> Control:
     """Return the operator's connection to the deployment's server."""
+    # Flower looks for its own files at import, and fails for a user without a home, as in a container.
+    os.environ.setdefault("FLWR_HOME", str(deployment.root / FLOWER_HOME))
     return Control(deployment.here, deployment.authority)
 
 
@@ -52,7 +54,7 @@ def serve(deployment: Deployment, say: Say) -> NoReturn:
     settings, folder = deployment.settings, deployment.certificates
     certificates.check_server(folder)
     require_free(settings.bind, settings.port)
-    home = deployment.root / "flower"
+    home = deployment.root / FLOWER_HOME
     home.mkdir(mode=0o700, exist_ok=True)
     deployment.runs.mkdir(exist_ok=True)
     environment = flower.environment(
@@ -225,7 +227,7 @@ def _submit(deployment: Deployment, directory: Path, submission: Submission, det
     follower = Follower(deployment, directory, submission, say)
     try:
         follower.start()
-    except RunError:
+    except Exception:
         if not submission.run_ids:
             # It never began, so the name is free again.
             shutil.rmtree(directory)

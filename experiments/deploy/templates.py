@@ -119,8 +119,11 @@ WantedBy=multi-user.target
 """
 
 
-def compose(address: str, port: int, names: Sequence[str]) -> str:
-    """Return a compose file: the server, and every device as a container beside it (for a rehearsal)."""
+def compose(address: str, port: int, names: Sequence[str], user: str) -> str:
+    """Return a compose file: the server, and every device as a container beside it (for a rehearsal).
+
+    ``user`` is UID:GID of who owns the folder: without capabilities not even root may read what is another's.
+    """
     nodes = "".join(
         f"""\
   {name}:
@@ -136,6 +139,7 @@ def compose(address: str, port: int, names: Sequence[str]) -> str:
 # container: docker compose exec server flowerbed deploy status /deployment
 x-flowerbed: &flowerbed
   image: ${{FLOWERBED_IMAGE:-flowerbed}}
+  user: "{user}"
   read_only: true
   tmpfs: ["/tmp"]
   cap_drop: ["ALL"]

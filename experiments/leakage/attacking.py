@@ -227,14 +227,13 @@ def attack_run(
     prior = None
     if (path := asked.pop("prior", None)) is not None:
         prior = Prior.load(path, parts.dataset.input_shape, parts.dataset.num_classes, scale, where)
-    attack = composed(name, asked, prior)
+    known = useful(name, known_of(parts.simulation)) if adaptive else {}
+    attack = composed(name, {**known, **asked}, prior)
     require(
         text == (name in TEXT),
         f"The attack '{name}' is for {'text' if name in TEXT else 'images'}, and '{parts.dataset.name}' is not; "
         f"for text there are {', '.join(sorted(TEXT))}.",
     )
-    if adaptive:
-        attack = composed(name, {**useful(name, known_of(parts.simulation)), **asked}, prior)
     truths = [
         truth_of_all(parts, o.members, o.round) if o.members else truth_of(parts, o.client, o.round)
         for o in chosen

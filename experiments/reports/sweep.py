@@ -534,7 +534,8 @@ def _parallel(order: Sequence[tuple[Setting, paired.Interval]], keys: Sequence[s
         [s.key for s in settings],
         f"A line is a setting; its crossings are its values and its {metric}. The thick one is the best by rule, "
         f"{settings[0].label} with {number(figures[0], is_share(metric))}."
-        + (f" The {number(dropped)} worst are not drawn." if dropped else ""),
+        + (f" The {number(dropped)} worst are not drawn." if dropped else "")
+        + " The numbers are in the table of settings.",
         follows="settings",
         best=0,
     )

@@ -14,7 +14,7 @@ from flowerbed.experiments.composition import import_from_current_directory, par
 from flowerbed.experiments.failure import FAILED, describe, exit_code
 from flowerbed.experiments.reproduction import digests, ledger, report
 from flowerbed.experiments.reproduction.engine import OUT, SMOKE, Reproduction, cores, reproduce
-from flowerbed.experiments.reproduction.paper import SCALES, Settings, built, merged
+from flowerbed.experiments.reproduction.paper import SCALES, Paper, Settings, built, load_paper, merged
 from flowerbed.experiments.reproduction.running import Job, Outcome
 from flowerbed.experiments.reproduction.schedule import Watcher
 from flowerbed.experiments.text import duration
@@ -70,13 +70,24 @@ def divided(overrides: Sequence[str]) -> tuple[Settings, Settings]:
     return settings, shared
 
 
+def claim_names(text: str, paper: Paper) -> list[str]:
+    """Return the names in a list with commas; a claim's own name may have commas too."""
+    known, found, rest = {claim.name for claim in paper.claims}, [], text.split(",")
+    while rest:
+        lengths = (n for n in range(len(rest), 0, -1) if ",".join(rest[:n]).strip() in known)
+        length = next(lengths, 1)
+        found.append(",".join(rest[:length]).strip())
+        rest = rest[length:]
+    return found
+
+
 def _one(name: str, asked: argparse.Namespace, settings: Settings, shared: Settings, as_json: bool) -> int:
     with Board() if sys.stderr.isatty() and not as_json else Lines() as board:
         made = reproduce(
             name,
             asked.scale,
             asked.out,
-            claims=asked.claims.split(",") if asked.claims else None,
+            claims=claim_names(asked.claims, load_paper(name)) if asked.claims else None,
             seeds=None if asked.seeds is None else whole_numbers(asked.seeds, "--seeds"),
             settings=settings,
             shared=shared,

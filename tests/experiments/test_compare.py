@@ -233,6 +233,17 @@ def test_a_failed_run_is_shown_and_never_averaged_away(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_are_drawn_and_evaluations_counted_of_the_figures_compared() -> None:
+    last = {**SMALL, "federation": {"clients": 4, "rounds": 2}}
+    evaluation = {"every": 0, "clients_every": 2, "last": 1}
+    once = compare(["fedavg"], (0,), {**last, "evaluation": evaluation}, metrics=["clients:accuracy-mean"])
+    assert len(compare_report.figure(once).axes) == 1, "one evaluation is no curve"
+    assert [run.evaluations for run in once.runs] == [1]
+    assert "Evaluations averaged" not in compare_report.markdown(once)
+    often = compare(["fedavg"], (0,), {**last, "evaluation": {**evaluation, "every": 1}})
+    assert len(compare_report.figure(often).axes) == 2
+
+
 def test_a_method_without_a_personal_model_offers_its_generic_one() -> None:
     settings = {**SMALL, "evaluation": {"clients_every": 1}}
     comparison = compare(

@@ -120,6 +120,7 @@ def test_units_and_the_compose_file_can_be_read_and_name_what_is_there(fed: Depl
     assert composed["services"]["server"]["networks"]["default"]["aliases"] == ["fed.example.org"]
     for service in composed["services"].values():
         assert service["read_only"] is True
+        assert service["user"] == f"{os.getuid()}:{os.getgid()}", "no capability to read another's folder"
         for volume in service["volumes"]:
             assert (fed.root / volume.partition(":")[0]).is_dir()
     for unit in (fed.root / "flowerbed-server.service", fed.bundle("a") / "flowerbed-node.service"):
@@ -673,6 +674,26 @@ def test_flower_processes_are_kept_off_the_network(tmp_path: Path) -> None:
     assert environment["FLWR_HOME"] == str(tmp_path)
     assert environment["FURTHER"] == "1"
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+HOMELESS = """
+import os, pwd, sys
+def nobody(*_): raise KeyError("no such user")
+pwd.getpwuid = nobody
+os.environ.pop("HOME", None); os.environ.pop("FLWR_HOME", None)
+from pathlib import Path
+from flowerbed.experiments.deploy import folder, operate
+fed = folder.Deployment.load(Path(sys.argv[1]))
+operate.connect(fed).close()
+import flwr.cli.build
+"""
+
+
+def test_an_operator_needs_no_home(fed: Deployment) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS, str(fed.root)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Runs.

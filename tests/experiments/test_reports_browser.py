@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import NEEDS_BROWSER, Opened, Page, accessibility_issues, chromium
 
 from flowerbed.experiments.compare import compare
 from flowerbed.experiments.leakage import matrix_report, report
@@ -21,23 +18,11 @@ from flowerbed.experiments.reports import command
 from flowerbed.experiments.simulation import simulate
 
 pytest.importorskip("plotly", reason="the report's charts need plotly: pip install 'flowerbed[report]'")
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright: pip install 'flowerbed[dev]'"
-)
-axe = pytest.importorskip(
-    "axe_playwright_python.sync_playwright", reason="needs axe: pip install 'flowerbed[dev]'"
-)
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-    None,
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium; on Debian: apt-get install chromium"
-)
+pytestmark = NEEDS_BROWSER
+__all__ = ["chromium"]
 
 KINDS = ("run", "sweep", "comparison", "attack", "matrix", "papers")
 SMALL = {"model": {"name": "mlp", "hidden": [16]}, "local": {"batch_size": 64}}
-Page = Any
 
 
 def settings(folder: Path, rounds: int = 3, **more: Any) -> dict[str, Any]:
@@ -85,33 +70,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        # Chromium refuses to sandbox what root starts.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
-
-
-@dataclass
-class Opened:
-    """A page, and what its browser complained of or asked for."""
-
-    page: Page
-    complaints: list[str] = field(default_factory=list)
-    fetched: list[str] = field(default_factory=list)
-
-
 def opened(chromium: Any, path: Path, **context: Any) -> Opened:
-    page = chromium.new_context(**{"viewport": {"width": 1300, "height": 900}, **context}).new_page()
-    found = Opened(page)
-    page.on("console", lambda m: found.complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: found.complaints.append(str(e)))
-    page.on("request", lambda r: found.fetched.append(r.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready]")
+    found = Opened.new(chromium, **context)
+    found.page.goto(path.as_uri())
+    found.page.wait_for_selector("html[data-ready]")
     return found
 
 
@@ -130,7 +92,6 @@ DRAWN = """figures.filter(visible).map((figure) => ({
   wide: figure.querySelector(".plot svg.main-svg")?.getBoundingClientRect().width ?? 0,
   name: figure.querySelector(".plot").getAttribute("aria-label"),
 }))"""
-SERIOUS = ("serious", "critical")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,8 +116,10 @@ def test_a_report_is_whole_in_a_browser(reports: dict[str, Path], chromium: Any,
     assert len(numbered) == len(set(numbered))
     levels = page.evaluate("all('h1, h2, h3, h4').map((one) => Number(one.tagName[1]))")
     assert all(after <= before + 1 for before, after in pairwise(levels))
-    issues = [i for i in axe.Axe().run(page).response["violations"] if i["impact"] in SERIOUS]
-    assert not issues, json.dumps([(i["id"], i["nodes"][0]["html"][:300]) for i in issues])
+    for theme in ("Light", "Dark"):
+        page.get_by_role("button", name=theme).click()
+        draw_everything(page)
+        assert accessibility_issues(page) == [], theme
     assert found.complaints == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in found.fetched)
     page.context.close()

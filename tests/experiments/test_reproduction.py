@@ -16,7 +16,8 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments import cli
 from flowerbed.experiments.reproduction import digests, ledger
 from flowerbed.experiments.reproduction.catalogue import catalogue
-from flowerbed.experiments.reproduction.claims import NOT_REPRODUCED, REPRODUCED
+from flowerbed.experiments.reproduction.claims import NOT_REPRODUCED, REPRODUCED, Claim, metric
+from flowerbed.experiments.reproduction.command import claim_names
 from flowerbed.experiments.reproduction.engine import reproduce
 from flowerbed.experiments.reproduction.paper import built, load_paper, load_scale, merged
 from flowerbed.experiments.reproduction.running import Job, Outcome
@@ -165,6 +166,14 @@ def test_what_cannot_work_is_refused(paper: str, sentence: str, tmp_path: Path) 
 def test_a_claim_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Unknown claim of 'toy' 'fastr'. Did you mean 'faster'"):
         reproduce(TOY, "smoke", tmp_path, claims=["fastr"])
+
+
+def test_names_of_claims_may_have_commas() -> None:
+    one = Claim("a, b", "Something.", metric("x")["y"] >= 0)
+    paper = dataclasses.replace(load_paper(TOY), claims=(one, dataclasses.replace(one, name="a")))
+    assert claim_names("a, b,a", paper) == ["a, b", "a"]
+    assert claim_names("a,a, b", paper) == ["a", "a, b"]
+    assert claim_names("a, c", paper) == ["a", "c"]
 
 
 # The protocol.
