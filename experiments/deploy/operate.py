@@ -260,7 +260,7 @@ def _submit(deployment: Deployment, directory: Path, submission: Submission, det
     try:
         follower.start()
     except Exception:
-        if not submission.run_ids:
+        if not follower.submission.run_ids:
             # It never began, so the name is free again.
             shutil.rmtree(directory)
         raise
