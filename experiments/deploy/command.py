@@ -81,6 +81,9 @@ def _operate(
             f"{deployment.root / 'nodes'}: {'data.npz and ' if asked.action == 'share' else ''}{PLAN} of every device"
         )
         return 0
+    if asked.action == "run" and asked.prepare:
+        operate.prepare(deployment, overrides, asked.name, _say)
+        return 0
     if asked.action == "run":
         return operate.run(deployment, overrides, asked.name, asked.detach, _say)
     if asked.action == "resume":
@@ -218,5 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run, resume and logs")
     run.add_argument("--name", help="name of the run (date and time)")
     run.add_argument("--detach", action="store_true", help="submit it and do not wait for its end")
+    run.add_argument(
+        "--prepare",
+        action="store_true",
+        help="of run: only describe it, and print the flwr run that submits it",
+    )
     run.add_argument("-f", "--follow", action="store_true", help="of logs: go on until the run is over")
     return parser

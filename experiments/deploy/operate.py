@@ -36,6 +36,8 @@ STOPPING = 60.0
 """Seconds in which a run's server process should have ended after it was told to."""
 ORPHANED = 5.0
 """Seconds that a run may be without a server process after the server was away, before it is started again."""
+CONNECTION = "deployment"
+"""What Flower's own commands call this server (``flwr run APP deployment``)."""
 ATTEMPTS = 3
 """How often a run is started again without having got a round further."""
 
@@ -170,8 +172,36 @@ def share(deployment: Deployment, parts: Parts) -> None:
 
 def run(deployment: Deployment, overrides: Sequence[str], name: str | None, detach: bool, say: Say) -> int:
     """Submit an experiment and follow it to its end; return an exit code that says how it ended."""
-    from flowerbed.experiments.deploy.submission import Submission
+    directory = _new_directory(deployment, name)
+    # Before anything is built: is the server there?
+    with connect(deployment) as control:
+        control.runs()
+    submission = _described(deployment, overrides, directory)
+    say(f"running in {directory}")
+    return _submit(deployment, directory, submission, detach, say)
 
+
+def prepare(deployment: Deployment, overrides: Sequence[str], name: str | None, say: Say) -> Path:
+    """Describe an experiment for ``flwr run``, which submits it in place of ``run``; return its directory."""
+    from flowerbed.experiments.deploy.device import RUN_KEY
+
+    directory = _new_directory(deployment, name)
+    submission = _described(deployment, overrides, directory)
+    settings = directory / "flwr.toml"
+    # JSON's escapes are TOML's.
+    settings.write_text(f"{RUN_KEY} = {json.dumps(submission.expectations)}\n")
+    home = deployment.root / FLOWER_HOME
+    home.mkdir(mode=0o700, exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f"address = {json.dumps(deployment.here)}\nroot-certificates = {json.dumps(str(deployment.authority))}\n"
+    )
+    say(f"FLWR_HOME={home} flwr run {deployment.app} --run-config {settings} --stream")
+    return directory
+
+
+def _new_directory(deployment: Deployment, name: str | None) -> Path:
+    """Return where a new run will be; raises ``ConfigError`` if there can be none of that name, or none at all."""
     name = name or f"{datetime.now():%Y%m%d-%H%M%S}"
     if RUN_NAME.fullmatch(name) is None:
         raise ConfigError(f"'{name}' cannot be a run's name; use letters, digits, '.', '_' and '-'.")
@@ -185,19 +215,21 @@ def run(deployment: Deployment, overrides: Sequence[str], name: str | None, deta
             f"{', '.join(unknown)} of this deployment are not registered; run: flowerbed deploy register "
             f"{deployment.root}"
         )
-    # Before anything is built: is the server there?
-    with connect(deployment) as control:
-        control.runs()
-    parts, expectations = planned(deployment, overrides, name)
+    return deployment.runs / name
+
+
+def _described(deployment: Deployment, overrides: Sequence[str], directory: Path) -> Submission:
+    """Compose a run and write its directory, and for the devices what it expects of them."""
+    from flowerbed.experiments.deploy.submission import Submission
+
+    parts, expectations = planned(deployment, overrides, directory.name)
     write_plan(deployment, expectations)
-    directory = deployment.runs / name
     directory.mkdir(parents=True)
     rounds = parts.simulation.federation.rounds
     further = sum(phase.rounds for phase in parts.strategy.phases(rounds)) - rounds
     submission = Submission(parts.simulation, expectations.dumps(), further_rounds=further)
     submission.write(directory)
-    say(f"running in {directory}")
-    return _submit(deployment, directory, submission, detach, say)
+    return submission
 
 
 def resume(deployment: Deployment, name: str | None, overrides: Sequence[str], detach: bool, say: Say) -> int:
@@ -228,7 +260,7 @@ def _submit(deployment: Deployment, directory: Path, submission: Submission, det
     try:
         follower.start()
     except Exception:
-        if not submission.run_ids:
+        if not follower.submission.run_ids:
             # It never began, so the name is free again.
             shutil.rmtree(directory)
         raise

@@ -42,6 +42,10 @@ def main(grid: Grid, context: Context) -> None:
     directory = deployment.run(name)
     submission = Submission.read(directory)
     with locked(directory):
+        if context.run_id not in submission.run_ids:
+            # Submitted by Flower's own command, or before whoever submitted it has written that down.
+            submission = submission.attempted(context.run_id)
+            submission.write(directory)
         settings = deployment.settings
         limit = submission.simulation.federation.time_limit
         reply = min(settings.patience, limit + JOURNEY) if limit else settings.patience

@@ -72,17 +72,34 @@ FIRST_NODE_ID: Final = 1000
 TRACEBACK_FRAMES: Final = 3
 
 
-class SimulationGrid(Grid):
-    """A Flower grid whose nodes are simulated clients, one per partition of the data.
+class ClientGrid(Grid):
+    """A Flower grid whose nodes are the clients of a federation: client k is node ``FIRST_NODE_ID + k``.
 
-    Node ids are fixed and ordered, replies come back in the order in which the messages were sent, and a
-    client that fails becomes an error reply, never an exception here. A client sees its own shallow copy of
-    every record, so it may add and remove entries.
-
-    ``on_reply``, if set, is called with each reply as it comes in, in no particular order.
+    Replies come back in the order in which the messages were sent, and a client that fails becomes an error
+    reply, never an exception here. ``on_reply``, if set, is called with each reply as it comes in, in no
+    particular order.
     """
 
     on_reply: Callable[[Message], None] | None = None
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return ``Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class SimulationGrid(ClientGrid):
+    """A grid whose clients are simulated, one per partition of the data.
+
+    A client sees its own shallow copy of every record, so it may add and remove entries.
+    """
+
     parallel: ClassVar[bool] = False
     """Whether several clients may run at once."""
 
@@ -126,17 +143,6 @@ class SimulationGrid(Grid):
         """Adopt ``run``, of which only ``run_id`` is used."""
         self._run = run
         flower_compat.set_identity(run.run_id)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return ``Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Return the node ids in partition order."""

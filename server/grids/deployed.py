@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from flowerbed.errors import RunError, require
 from flowerbed.server.grids import flower_compat
-from flowerbed.server.grids.base import FIRST_NODE_ID
+from flowerbed.server.grids.base import FIRST_NODE_ID, ClientGrid
 
 LOG = logging.getLogger(__name__)
 LOOK = 2.0
@@ -63,14 +63,12 @@ class _Pending:
     """Since when the device is not there."""
 
 
-class DeployedGrid(Grid):
+class DeployedGrid(ClientGrid):
     """Flower's grid of a deployment, seen by client number.
 
     ``node_ids[k]`` is the SuperLink's id of client k. Replies come in the order in which the messages were sent, one
     for a message at most; a device that fails becomes an error reply or none, as in a simulation.
     """
-
-    on_reply: Callable[[Message], None] | None = None
 
     def __init__(
         self,
@@ -110,17 +108,6 @@ class DeployedGrid(Grid):
     def set_run(self, run: Any) -> None:
         """Hand the run to Flower's grid."""
         self._grid.set_run(run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return ``Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Return the node ids of all registered devices, connected or not: sampling must not depend on who is."""

@@ -725,6 +725,27 @@ def test_what_is_run_must_fit_the_devices(fed: Deployment) -> None:
         operate.run(fed, [], "../x", False, print)
 
 
+def test_flowers_own_command_can_submit_what_was_prepared(
+    fed: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.cli import flower_config
+    from flwr.common.config import parse_config_args
+
+    registered = fed.with_node_ids({"a": 11, "b": 12})
+    said: list[str] = []
+    directory = operate.prepare(registered, ["federation.rounds=2"], "own", said.append)
+    words = said[0].split()
+    assert words[1:3] == ["flwr", "run"]
+    given = parse_config_args([words[words.index("--run-config") + 1]])
+    assert given == {"flowerbed": Submission.read(directory).expectations}
+    monkeypatch.setattr(flower_config, "get_flwr_home", lambda: Path(words[0].partition("=")[2]))
+    connection = flower_config.read_superlink_connection()
+    assert (connection.address, connection.root_certificates) == (fed.here, str(fed.authority))
+    assert not connection.insecure
+    with pytest.raises(ConfigError, match="There is a run 'own' already"):
+        operate.prepare(registered, [], "own", print)
+
+
 def test_shared_samples_are_those_of_the_simulation(fed: Deployment) -> None:
     import numpy as np
 

@@ -5,7 +5,11 @@ FedLoGe, with its private heads, is in ``test_walkthrough``.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from loopback import Loopback, Meanwhile, assert_same, loopback, simulated, wait_until
@@ -65,6 +69,25 @@ def test_devices_give_the_bits_of_a_simulation_though_one_is_killed_and_restarte
     assert [r.failed for r in records] == [0] * len(records)
     assert {r.answered for r in records if r.asked} == {3}
     assert_same(fed.model(strategy), simulated(fed.deployment, strategy))
+
+
+def test_flowers_own_command_submits_it_as_well(fed: Loopback) -> None:
+    overrides = ["strategy=fedavg", *SMALL, "federation.rounds=1"]
+    fed.share(overrides)
+    said: list[str] = []
+    operate.prepare(fed.deployment, overrides, "submitted", said.append)
+    home, *command = said[0].split()
+    name, _, value = home.partition("=")
+    environment = {**os.environ, name: value}
+    flwr = str(Path(sys.executable).with_name(command[0]))
+    subprocess.run([flwr, *command[1:]], env=environment, check=True, timeout=300)
+
+    def told() -> dict[str, object]:
+        return next(r for r in operate.status(fed.deployment).runs if r["name"] == "submitted")
+
+    wait_until(lambda: told()["status"] == "finished:completed", "the run is over")
+    assert told()["attempts"] == 1
+    assert_same(fed.model("submitted"), simulated(fed.deployment, "submitted"))
 
 
 def test_masked_updates_give_them_too_though_every_device_draws_masks_of_its_own(fed: Loopback) -> None:

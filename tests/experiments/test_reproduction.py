@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import cli
-from flowerbed.experiments.reproduction import digests, ledger
+from flowerbed.experiments.reproduction import digests, ledger, report
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.claims import NOT_REPRODUCED, REPRODUCED, Claim, metric
 from flowerbed.experiments.reproduction.command import claim_names
@@ -166,6 +166,24 @@ def test_what_cannot_work_is_refused(paper: str, sentence: str, tmp_path: Path) 
 def test_a_claim_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Unknown claim of 'toy' 'fastr'. Did you mean 'faster'"):
         reproduce(TOY, "smoke", tmp_path, claims=["fastr"])
+
+
+def test_a_picture_of_arms_that_the_claims_do_not_need_is_left_out_quietly(
+    made: tuple[Any, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = made
+
+    def figure(_: Any) -> None:
+        raise KeyError("an arm")
+
+    scale = dataclasses.replace(whole.scale, paper=dataclasses.replace(whole.scale.paper, figure=figure))
+    part = dataclasses.replace(whole, scale=scale, whole=False)
+    record = ledger.record_of(part)
+    report.write(part, record, tmp_path)
+    assert "not drawn" not in caplog.text
+    # Of a whole run it is a mistake, and said.
+    report.write(dataclasses.replace(part, whole=True), record, tmp_path)
+    assert "was not drawn: KeyError" in caplog.text
 
 
 def test_names_of_claims_may_have_commas() -> None:
