@@ -38,7 +38,7 @@ class OnTokens(nn.Module):
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = x.unflatten(1, (2, self.p)) @ self.embedding.weight[: self.p]
+        operands = x.reshape(-1, 2, self.p) @ self.embedding.weight[: self.p]
         equals = self.embedding.weight[self.p].expand(len(x), 1, -1)
         read: Tensor = self.encoder(torch.cat([operands, equals], 1))
         return read[:, -1]
