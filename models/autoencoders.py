@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from flowerbed.errors import ConfigError, require
 from flowerbed.models.base import Net, Shape
 from flowerbed.models.layers import image_shape
-from flowerbed.models.quantisers import ScalarCodebooks
+from flowerbed.models.quantisers import ScalarCodebooks, VectorCodebook
 
-LATENTS = ("plain", "gaussian", "quantised", "fixed")
+LATENTS = ("plain", "gaussian", "quantised", "fixed", "vectors")
 STYLE_WIDTHS = (32, 64, 128, 256)
 
 
@@ -30,11 +30,14 @@ class Gaussian(nn.Module):
 
 
 class Decoding(nn.Module):
-    """A decoder with the latent whose codes it reads: codes ``(N, n)`` to logits ``(N, C, H, W)``."""
+    """A decoder with the latent whose codes it reads: codes ``(N, n)`` to logits ``(N, C, H, W)``.
 
-    def __init__(self, latent: nn.Module, decoder: nn.Module) -> None:
+    A ``critic`` reads the encoder's last layer, and says how real an image looks.
+    """
+
+    def __init__(self, latent: nn.Module, decoder: nn.Module, critic: nn.Module | None = None) -> None:
         super().__init__()
-        self.latent, self.decoder = latent, decoder
+        self.latent, self.decoder, self.critic = latent, decoder, critic
 
     def forward(self, code: Tensor) -> Tensor:
         y: Tensor = self.decoder(code)
@@ -44,12 +47,20 @@ class Decoding(nn.Module):
 class Autoencoder(Net):
     """Images ``(N, C, H, W)`` to logits of the same shape."""
 
+    body: nn.Sequential
     head: Decoding
 
     def code(self, x: Tensor) -> Tensor:
         """Return the code ``(N, n)`` of a batch, without noise."""
         code: Tensor = self.head.latent(self.body(x))
         return code
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return the critic's value of images, ``(N,)``; raises ``ConfigError`` without a critic."""
+        if self.head.critic is None:
+            raise ConfigError("This autoencoder judges no images; set model.critic=true.")
+        value: Tensor = self.head.critic(self.body[:-1](x)).squeeze(-1)
+        return value
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.code(x))
@@ -63,15 +74,18 @@ def autoencoder(
     latent: str = "plain",
     n_z: int = 12,
     levels: int = 10,
+    size: int = 64,
     nets: str = "mlp",
     hidden: tuple[int, ...] = (256, 256),
+    critic: bool = False,
 ) -> Autoencoder:
     """Return an autoencoder with ``n_z`` latents.
 
     ``latent``: plain; gaussian (the encoder says mean and log variance); quantised (a learned codebook of ``levels``
-    scalars for each latent); fixed (the same without learning). ``nets``: mlp with layers of ``hidden`` units, mirrored
-    in the decoder; or style, the convolutional networks of Hsu et al. 2023, for sides that are multiples of 16 from 32
-    on.
+    scalars for each latent); fixed (the same without learning); vectors (one learned codebook of ``levels`` vectors of
+    ``size`` numbers for all latents). ``nets``: mlp with layers of ``hidden`` units, mirrored in the decoder; or style,
+    the convolutional networks of Hsu et al. 2023, for sides that are multiples of 16 from 32 on. With ``critic`` the
+    encoder has a second output, how real an image looks: the networks of an InfoGAN.
     """
     image_shape("autoencoder", input_shape)
     require(latent in LATENTS, f"Option latent='{latent}' must be one of {', '.join(LATENTS)}.")
@@ -81,18 +95,24 @@ def autoencoder(
     made: nn.Module = nn.Identity() if latent == "plain" else Gaussian()
     if latent in ("quantised", "fixed"):
         made = ScalarCodebooks(n_z, levels, learned=latent == "quantised")
-    said = 2 * n_z if latent == "gaussian" else n_z
+    elif latent == "vectors":
+        made = VectorCodebook(size, levels)
+    read = n_z * size if latent == "vectors" else n_z
+    said = 2 * n_z if latent == "gaussian" else read
     if nets == "mlp":
         pixels = math.prod(input_shape)
         encoder = nn.Sequential(nn.Flatten(), *_dense((pixels, *hidden, said)))
         decoder: nn.Module = nn.Sequential(
-            *_dense((n_z, *hidden[::-1], pixels)), nn.Unflatten(1, input_shape)
+            *_dense((read, *hidden[::-1], pixels)), nn.Unflatten(1, input_shape)
         )
     elif nets == "style":
-        encoder, decoder = style_encoder(input_shape, said), StyleDecoder(input_shape, n_z)
+        encoder, decoder = style_encoder(input_shape, said), StyleDecoder(input_shape, read)
     else:
         raise ConfigError(f"Option nets='{nets}' must be 'mlp' or 'style'.")
-    return Autoencoder(encoder, Decoding(made, decoder), said)
+    last = encoder[-1]
+    assert isinstance(last, nn.Linear)
+    judge = nn.Linear(last.in_features, 1) if critic else None
+    return Autoencoder(encoder, Decoding(made, decoder, judge), said)
 
 
 def _dense(widths: tuple[int, ...]) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.models.autoencoders import Autoencoder, autoencoder
 from flowerbed.models.quantisers import (
     ScalarCodebooks,
+    VectorCodebook,
     looked_up,
     nearest,
     nearest_vector,
@@ -60,6 +61,24 @@ def test_vectors_go_to_the_nearest_one() -> None:
     assert torch.equal(nearest_vector(z, codebook), distances.argmin(-1))
 
 
+def test_one_codebook_of_vectors_serves_all_latents() -> None:
+    torch.manual_seed(0)
+    book = VectorCodebook(4, 7)
+    assert book.values.shape == (7, 4)
+    assert float(book.values.detach().abs().max()) <= (3 / 4) ** 0.5
+    z = torch.randn(5, 12, requires_grad=True)
+    codes = [[int((part - book.values).norm(dim=1).argmin()) for part in row.split(4)] for row in z]
+    assert book.codes(z).tolist() == codes
+    expected = torch.stack([torch.cat([book.values[c] for c in row]) for row in codes])
+    assert torch.equal(book.quantised(z), expected)
+    torch.testing.assert_close(book(z), expected)
+    book(z).sum().backward()
+    assert book.values.grad is None
+    assert torch.equal(z.grad, torch.ones(5, 12))
+    with pytest.raises(ConfigError, match="quantises nothing"):
+        VectorCodebook(4, 1)
+
+
 def test_an_even_number_of_values_begins_at_both_ends() -> None:
     values = ScalarCodebooks(2, 10).values
     assert float(values.detach()[0, 0]) == -0.5
@@ -70,18 +89,31 @@ def test_an_even_number_of_values_begins_at_both_ends() -> None:
 
 
 @pytest.mark.parametrize("nets", ["mlp", "style"])
-@pytest.mark.parametrize("latent", ["plain", "gaussian", "quantised", "fixed"])
+@pytest.mark.parametrize("latent", ["plain", "gaussian", "quantised", "fixed", "vectors"])
 def test_autoencoders_have_exchangeable_latents(latent: str, nets: str) -> None:
     torch.manual_seed(0)
-    net = autoencoder((3, 32, 32), 1, latent=latent, n_z=4, levels=3, nets=nets, hidden=(8,))
+    net = autoencoder((3, 32, 32), 1, latent=latent, n_z=4, levels=3, size=6, nets=nets, hidden=(8,))
     assert isinstance(net, Autoencoder)
     x = torch.rand(2, 3, 32, 32)
     assert net(x).shape == x.shape
     assert net.features(x).shape == (2, net.feature_dim)
-    assert net.code(x).shape == (2, 4)
+    assert net.code(x).shape == (2, 24 if latent == "vectors" else 4)
     torch.testing.assert_close(net(x), net.head(net.code(x)))
     if latent in ("quantised", "fixed"):
         assert torch.isin(net.code(x).round(decimals=5), torch.tensor([-0.5, 0.0, 0.5])).all()
+
+
+@pytest.mark.parametrize("nets", ["mlp", "style"])
+def test_an_autoencoder_may_judge_images_one_by_one(nets: str) -> None:
+    net = autoencoder((3, 32, 32), 1, n_z=4, nets=nets, hidden=(8,), critic=True)
+    assert isinstance(net, Autoencoder)
+    x = torch.rand(3, 3, 32, 32)
+    assert net.value(x).shape == (3,)
+    torch.testing.assert_close(net.value(x), torch.cat([net.value(one[None]) for one in x]))
+    blind = autoencoder((3, 32, 32), 1, n_z=4, nets=nets, hidden=(8,))
+    assert isinstance(blind, Autoencoder)
+    with pytest.raises(ConfigError, match=r"model\.critic=true"):
+        blind.value(x)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import worlds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowerbed import seeds
 from flowerbed.clients.data import ClientData
 from flowerbed.clients.local_round import MODEL
 from flowerbed.clients.params import LocalParams
@@ -21,16 +22,21 @@ from flowerbed.experiments.papers.qlae import (
     VALUES,
     AeHalf,
     AeParams,
+    BioHalf,
+    BioParams,
     Qlae,
     QlaeHalf,
     QlaeParams,
     TcvaeHalf,
     TcvaeParams,
+    VqHalf,
+    VqParams,
     decays,
     in_order,
     probes,
     total_correlation,
 )
+from flowerbed.experiments.papers.qlae.adversarial import InfoGanParams, network
 from flowerbed.experiments.papers.qlae.probes import disentangled
 from flowerbed.models.autoencoders import Autoencoder, Decoding, autoencoder
 from flowerbed.models.base import ModelSpec
@@ -167,6 +173,21 @@ def test_beta_one_is_the_variational_autoencoder_per_pixel() -> None:
     torch.testing.assert_close(found, (summed + kl).mean() / math.prod(SHAPE))
 
 
+def test_the_losses_of_bioae_and_vqvae() -> None:
+    net, x = net_of("plain"), batch()["x"]
+    z = net.body(x)
+    expected = F.binary_cross_entropy_with_logits(net.head(z), x)
+    expected = expected + 2.0 * z.clamp_max(0).abs().mean() + 0.3 * (z**2).mean()
+    torch.testing.assert_close(value(BioHalf(BioParams(nonnegative=2.0, activity=0.3)), net), expected)
+
+    net = net_of("vectors", size=3)
+    z, values = net.body(x), net.head.latent.values
+    near = [torch.cat([values[(values - v).norm(dim=1).argmin()] for v in row.split(3)]) for row in z]
+    z_q = torch.stack(near)
+    expected = F.binary_cross_entropy_with_logits(net.head(z_q), x) + (1.0 + 0.25) * (z - z_q).square().mean()
+    torch.testing.assert_close(value(VqHalf(VqParams(n_z=4, levels=5, size=3)), net), expected)
+
+
 def test_codebooks_are_sorted_before_they_are_averaged() -> None:
     """Two clients with the same function and their values in another order keep that function."""
     net = net_of("quantised")
@@ -234,6 +255,12 @@ def test_the_measures_know_codes_from_numbers(monkeypatch: pytest.MonkeyPatch) -
         (QlaeParams, {"n_z": 0}, "strategy.n_z is 0"),
         (AeParams, {"clip": -1.0}, "strategy.clip is -1.0"),
         (TcvaeParams, {"beta": -1.0}, "strategy.beta is -1.0"),
+        (BioParams, {"activity": -1.0}, "strategy.activity is -1.0"),
+        (VqParams, {"size": 0}, "strategy.size is 0"),
+        (VqParams, {"learned": False}, "codebook of a VQ-VAE learns"),
+        (InfoGanParams, {"gamma": -1.0}, "strategy.gamma is -1.0"),
+        (InfoGanParams, {"period": 0}, "strategy.period is 0"),
+        (InfoGanParams, {"learned": False}, "learns its codebooks"),
     ],
 )
 def test_wrong_parameters_are_refused(kind: type, options: dict[str, Any], sentence: str) -> None:
@@ -245,3 +272,107 @@ def test_a_model_without_codes_is_refused() -> None:
     data = load_dataset("flowerbed.datasets.mini_shapes:MiniShapes", side=8, test=60)
     with pytest.raises(ConfigError, match="the model is Linear"):
         disentangled(Measured(nn.Linear(2, 2), data, 0, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="not Linear"):
+        network(ModelParts.resident(nn.Linear(2, 2)))
+
+
+GAN_LOCAL = {
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "momentum": 1e-8,
+    "beta2": 0.9,
+    "steps": 4,
+    "batch_size": 16,
+    "drop_last": True,
+    "persist": True,
+}
+
+
+def gan(quantised: bool, **settings: Any) -> worlds.World:
+    return worlds.run(
+        "flowerbed.experiments.papers.qlae.adversarial:InfoGan",
+        {"n_z": 4, "levels": 5, "quantised": quantised, "mu": 20.0, "l_q": 0.3, "l_c": 0.2, "period": 3},
+        dataset={"name": "flowerbed.datasets.mini_shapes:MiniShapes", "side": 8, "test": 100},
+        data={"client_samples": 40},
+        model={"name": NAME, "hidden": [8]},
+        local=GAN_LOCAL,
+        evaluation={"every": 0, "clients_every": 0},
+        **settings,
+    )
+
+
+def gan_twin(net: Autoencoder, x: Tensor, quantised: bool, steps: int) -> None:
+    """Train by the book: two AdamW, penalties image by image, the documented batches and streams."""
+    reads = {n for n, _ in net.named_parameters() if n.startswith(("body.", "head.critic."))}
+    named = dict(net.named_parameters())
+    for name, parameter in named.items():
+        if decays(name):
+            parameter.register_hook(lambda g: g.clamp(-1.0, 1.0))
+    optimizers, states = {}, {}
+    for scope, moving in (("encoder", reads), ("generator", set(named) - reads)):
+        groups = [
+            {"params": [named[n] for n in named if n in moving and decays(n) == d], "weight_decay": 0.1 * d}
+            for d in (True, False)
+        ]
+        optimizers[scope] = torch.optim.AdamW(groups, lr=0.01, betas=(1e-8, 0.9))
+        with seeds.torch_stream(3, f"modules{scope}", 0):
+            states[scope] = torch.get_rng_state()
+
+    def drawn() -> Tensor:
+        if not quantised:
+            return torch.rand(16, 4)
+        index = torch.randint(5, (16, 4))
+        return torch.stack([net.head.latent.values[j][index[:, j]] for j in range(4)], 1)
+
+    def read_back(fake: Tensor, z: Tensor) -> Tensor:
+        said = net.body(fake)
+        if not quantised:
+            return 20.0 * F.mse_loss(said, z)
+        z_q = net.head.latent.quantised(said)
+        wrong = F.mse_loss(said + (z_q - said).detach(), z)
+        return 20.0 * wrong + 0.3 * F.mse_loss(z_q, said.detach()) + 0.2 * F.mse_loss(said, z_q.detach())
+
+    for step in range(steps):
+        epoch, place = divmod(step, len(x) // 16)
+        rows = torch.from_numpy(seeds.numpy_rng(3, "data order", 0, epoch).permutation(len(x)))
+        real = x[rows[place * 16 : (place + 1) * 16]]
+        for scope in ("encoder", "generator") if (step + 1) % 3 == 0 else ("encoder",):
+            torch.set_rng_state(states[scope])
+            z = drawn()
+            fake = net.head(z).sigmoid()
+            if scope == "encoder":
+                z, fake = z.detach(), fake.detach()
+                share = torch.rand(16, 1, 1, 1)
+                loss = net.value(fake).mean() - net.value(real).mean() + read_back(fake, z)
+                for one in share * real + (1 - share) * fake:
+                    one.requires_grad_()
+                    (slope,) = torch.autograd.grad(net.value(one[None])[0], one, create_graph=True)
+                    loss = loss + 10.0 / 16 * (slope.norm() - 1) ** 2
+            else:
+                loss = read_back(fake, z) - net.value(fake).mean()
+            states[scope] = torch.get_rng_state()
+            net.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for parameters in optimizers[scope].param_groups:
+                for parameter in parameters["params"]:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            optimizers[scope].step()
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_one_client_is_the_plain_training_of_an_infogan(quantised: bool) -> None:
+    world = gan(quantised, federation={"clients": 1, "rounds": 2})
+    parts = world.parts
+    chosen = torch.from_numpy(parts.train.indices(0).copy())
+    net = parts.spec.model.build(3)
+    assert isinstance(net, Autoencoder)
+    gan_twin(net, parts.dataset.prepare(parts.dataset.train.inputs[chosen]), quantised, 8)
+    assert (VALUES in world.trained) == quantised
+    worlds.close(world.trained, net.state_dict())
+
+
+def test_many_clients_train_an_infogan_and_keep_their_codebooks_in_order() -> None:
+    values = gan(True).trained[VALUES]
+    assert torch.equal(values, values.sort(1).values)
+    assert not torch.equal(values, ScalarCodebooks(4, 5).values.detach())

@@ -18,21 +18,26 @@ explicitness InfoE, compactness InfoC; beside it the PSNR. As in the paper mutua
 estimated from neighbours for continuous latents. The two are biased differently, so ``infom-binned`` has one estimator
 for all: continuous latents are cut into ten equal parts of their range.
 
-Baselines: the plain autoencoder, and the beta-TCVAE (Chen et al., NeurIPS 2018): BCE plus KL + (beta - 1) TC a pixel,
-TC estimated within the batch. Controls: every baseline has the same grid of decays, so that neither decay nor
-quantisation alone explains the gain. ``learned=false`` is the ablation with one fixed codebook for all latents.
+The method's second form, the quantised InfoWGAN-GP, is in ``flowerbed.experiments.papers.qlae.adversarial``.
+
+Baselines: the plain autoencoder; the beta-TCVAE (Chen et al., NeurIPS 2018): BCE plus KL + (beta - 1) TC a pixel, TC
+estimated within the batch, with beta = 1 the VAE; BioAE (Whittington et al., ICLR 2023): BCE plus the mean of
+max(-z, 0) and a tenth of that of z^2; VQ-VAE (van den Oord et al. 2017): twelve vectors of 64 numbers from one codebook
+of 512, l_q = 1, l_c = 1/4. Controls: every baseline has the same grid of decays, so that neither decay nor quantisation
+alone explains the gain. ``learned=false`` is the ablation with one fixed codebook for all latents.
 
 Differences from the paper: the images are our own (``flowerbed.datasets.mini_shapes``), since its four sets are large
 downloads. In quick runs they have 16x16 pixels and the networks are MLPs. Decay acts within 1 / (lr wd) steps, 10,000
 in the paper, whose runs last twenty times that; quick runs end after 10,000 steps, hence decay 0.5 beside the paper's
-0.1. The quantised InfoWGAN-GP is not here. The weights of the beta-TCVAE are those of Chen et al., per pixel.
+0.1. The weights of the beta-TCVAE are those of Chen et al., per pixel.
 
 In the quick runs that baseline keeps few latents and reconstructs poorly, so it is weak in explicitness and PSNR;
 by ``infom-binned`` it is more modular than QLAE, by InfoM it is not.
 
 Many clients: encoder, decoder and codebooks are averaged, each V_j sorted first, since its order means nothing and
-would break the mean. Decay acts at the clients, once a step. A client that sees few values of a factor leaves values of
-V unused. InfoE of a single factor measures what the codes, if they were sent, would leak of it.
+would break the mean. (That of a VQ-VAE's vectors means nothing either, and they have none to be put in.) Decay acts at
+the clients, once a step. A client that sees few values of a factor leaves values of V unused. InfoE of a single factor
+measures what the codes, if they were sent, would leak of it.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ from flowerbed.errors import require
 from flowerbed.models.base import ModelSpec
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.parts import ModelParts
-from flowerbed.models.quantisers import looked_up, nearest, pulls, straight_through
+from flowerbed.models.quantisers import looked_up, nearest, nearest_vector, pulls, split, straight_through
 from flowerbed.models.tasks import Task
 from flowerbed.storage import Tensors
 from flowerbed.strategies.base import ClientReply
@@ -123,6 +128,42 @@ class TcvaeParams(AeParams):
         return {"latent": "gaussian", "n_z": self.n_z}
 
 
+@dataclass(frozen=True)
+class BioParams(AeParams):
+    """Hyper-parameters of BioAE."""
+
+    nonnegative: float = 1.0
+    """Weight of the mean of max(-z, 0)."""
+    activity: float = 0.1
+    """Weight of the mean of z^2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nonnegative", "activity"):
+            require(
+                getattr(self, name) >= 0, f"strategy.{name} is {getattr(self, name)}; give 0 (off) or more."
+            )
+
+
+@dataclass(frozen=True)
+class VqParams(QlaeParams):
+    """Hyper-parameters of the VQ-VAE."""
+
+    levels: int = 512
+    l_q: float = 1.0
+    l_c: float = 0.25
+    size: int = 64
+    """Numbers of a latent, which is a vector."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.size >= 1, f"strategy.size is {self.size}; give at least 1.")
+        require(self.learned, "The codebook of a VQ-VAE learns; leave strategy.learned=true.")
+
+    def model(self) -> Mapping[str, Any]:
+        return {"latent": "vectors", "n_z": self.n_z, "levels": self.levels, "size": self.size}
+
+
 def decays(name: str) -> bool:
     """Return whether a parameter decays and is clipped: all but biases and the latent."""
     return not (name.endswith("bias") or name.startswith("head.latent."))
@@ -157,12 +198,38 @@ class QlaeHalf(AeHalf):
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         values = (model.parameters if self.params.learned else model.buffers)[VALUES]
         z_c = model.features(batch["x"])
-        z_q = looked_up(nearest(z_c, values), values)
+        z_q = self.quantised(z_c, values)
         logits = model.head(straight_through(z_c, z_q))
         reconstruction = F.binary_cross_entropy_with_logits(logits, batch["x"])
         quantisation, commitment = pulls(z_c, z_q)
         value = reconstruction + self.params.l_q * quantisation + self.params.l_c * commitment
         return value, {"reconstruction": reconstruction, "distance": commitment}
+
+    def quantised(self, z_c: Tensor, values: Tensor) -> Tensor:
+        """Return z_q."""
+        return looked_up(nearest(z_c, values), values)
+
+
+class VqHalf(QlaeHalf):
+    """Trains a VQ-VAE."""
+
+    def quantised(self, z_c: Tensor, values: Tensor) -> Tensor:
+        return values[nearest_vector(split(z_c, values.shape[1]), values)].flatten(-2)
+
+
+class BioHalf(AeHalf):
+    """Trains an autoencoder whose code shall be small and not negative."""
+
+    params: BioParams
+
+    def loss(
+        self, model: ModelParts, batch: Batch, extras: Extras, task: Task
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        z = model.features(batch["x"])
+        reconstruction = F.binary_cross_entropy_with_logits(model.head(z), batch["x"])
+        negative, activity = F.relu(-z).mean(), z.square().mean()
+        value = reconstruction + self.params.nonnegative * negative + self.params.activity * activity
+        return value, {"reconstruction": reconstruction, "negative": negative, "activity": activity}
 
 
 class TcvaeHalf(AeHalf):
@@ -210,6 +277,18 @@ class Qlae(Ae):
         if len(replies) > 1:
             replies = [replace(r, streams={**r.streams, MODEL: in_order(r.model)}) for r in replies]
         return super().aggregate(server_round, current, replies)
+
+
+class Bio(Ae):
+    """FedAvg of BioAEs."""
+
+    Params, Half = BioParams, BioHalf
+
+
+class Vq(Ae):
+    """FedAvg of VQ-VAEs."""
+
+    Params, Half = VqParams, VqHalf
 
 
 class Tcvae(Ae):

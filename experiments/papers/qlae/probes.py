@@ -11,7 +11,7 @@ from flowerbed.errors import ConfigError
 from flowerbed.experiments.measures import Measured
 from flowerbed.models.autoencoders import Autoencoder
 from flowerbed.models.disentanglement import InfoMec, binned, infomec
-from flowerbed.models.quantisers import ScalarCodebooks
+from flowerbed.models.quantisers import Codebooks
 
 
 @torch.no_grad()
@@ -27,12 +27,12 @@ def measured_codes(measured: Measured) -> tuple[InfoMec, Mapping[str, float]]:
     for x in measured.batches(measured.dataset.test):
         said = net.body(x)
         code = latent(said)
-        codes.append((latent.codes(said) if isinstance(latent, ScalarCodebooks) else code).cpu())
+        codes.append((latent.codes(said) if isinstance(latent, Codebooks) else code).cpu())
         errors.append((net.head(code).sigmoid() - x).square().flatten(1).mean(1).cpu())
     found = torch.cat(codes).numpy()
     factors = measured.dataset.test.extras[EXTRA].numpy()
-    mec = infomec(found if isinstance(latent, ScalarCodebooks) else found.astype(float), factors)
-    if isinstance(latent, ScalarCodebooks):
+    mec = infomec(found if isinstance(latent, Codebooks) else found.astype(float), factors)
+    if isinstance(latent, Codebooks):
         alike = mec.modularity
     else:
         alike = infomec(binned(found[:, mec.active]), factors).modularity
