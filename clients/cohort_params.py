@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flowerbed.errors import require
 
-KERNELS = ("fused", "fused-onednn", "vmap", "generic")
+KERNELS = ("fused", "fused-onednn", "vmap", "compiled", "generic")
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,14 @@ class CohortOptions:
     """How clients are batched; by default what a measurement finds fastest."""
 
     kernel: str = "auto"
-    """auto; fused (hand-written); fused-onednn (its large dense layers through oneDNN); vmap (torch.func); generic
-    (one client at a time)."""
+    """auto; fused (hand-written); fused-onednn (its large dense layers through oneDNN); vmap (torch.func);
+    compiled (that by torch.compile, on a GPU as a CUDA graph: never chosen by itself, since compiling takes most of a
+    minute); generic (one client at a time)."""
     block: int = 0
     """Clients computed together; 0 means that it is measured."""
     precision: str = "float32"
-    """bfloat16: the fused kernel convolves in that type; weights and dense layers stay as they are."""
+    """bfloat16: the fused kernel convolves in that type, the others compute the model under autocast; weights and their
+    updates stay as they are."""
     dropout: str = "exact"
     """exact: the masks that each client draws by itself; fast: others of the same distribution."""
 

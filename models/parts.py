@@ -73,13 +73,17 @@ class ModelParts:
 
     @classmethod
     def functional(
-        cls, module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        cls,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        low: torch.dtype | None = None,
     ) -> ModelParts:
         """Compute with the given tensors in place of the module's, by name; works under ``torch.func``.
 
         Names that are left out keep the module's own tensors.
         """
-        return cls(module, parameters, buffers, in_place=False)
+        return cls(module, parameters, buffers, in_place=False, low=low)
 
     def __call__(self, x: Tensor, *further: Tensor) -> Tensor:
         """Return the outputs of a batch, ``(N, C)`` or ``(N, L, V)``; ``further`` are inputs beside ``x``, if any."""

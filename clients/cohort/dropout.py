@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,27 +115,32 @@ def generators(locals_: Sequence[LocalRound], *, fast: bool) -> Sequence[Generat
     ]
 
 
-@contextmanager
-def dropping(sites: Sequence[Site], noises: Sequence[Tensor]) -> Iterator[None]:
-    """Let the calls of dropout multiply by the given masks, in order, instead of drawing."""
-    left = iter(noises)
-    modules = {site.module for site in sites}
+class GivenMasks:
+    """Lets all calls of dropout in a model multiply by masks that are handed over, instead of drawing.
 
-    def apply(module: nn.Dropout) -> Callable[[Tensor], Tensor]:
-        return lambda x: x * next(left) if module.training else x
+    Made once for a model and used again and again: what is put in place of a layer's ``forward`` stays the same object,
+    so that code compiled for it stays valid.
+    """
 
-    for module in modules:
-        _forwards(module)["forward"] = apply(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del _forwards(module)["forward"]
+    def __init__(self, model: nn.Module) -> None:
+        self.left: list[Tensor] = []
+        """The masks of the calls to come, in order; each is taken out by its call."""
+        self._forwards = {m: self._forward(m) for m in model.modules() if type(m) is nn.Dropout and m.p > 0}
 
+    def _forward(self, module: nn.Dropout) -> Callable[[Tensor], Tensor]:
+        return lambda x: x * self.left.pop(0) if module.training else x
 
-def _forwards(module: nn.Module) -> dict[str, Any]:
-    """The instance's own attributes: a ``forward`` there goes before that of the class."""
-    return module.__dict__
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Replace the layers' own ``forward`` meanwhile."""
+        for module, forward in self._forwards.items():
+            module.__dict__["forward"] = forward  # The instance's own goes before that of the class.
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                del module.__dict__["forward"]
+            self.left.clear()
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -119,6 +119,11 @@ class CohortEngine:
             kernels.insert(0, "fused-onednn")
         if options.kernel in kernels and options.block:
             return Plan(options.kernel, options.block, "chosen by cohort.kernel and cohort.block")
+        if options.kernel == "compiled":
+            size = planning.compiled_block(self._bytes, self._device)
+            return Plan(
+                options.kernel, size, "chosen by cohort.kernel; its block, which cohort.block sets, by size"
+            )
         sizes = [options.block] if options.block else planning.blocks(self._bytes)
         candidates = [Candidate(k, size, self._trial(local, k, size)) for k in kernels for size in sizes]
         if options.kernel == "auto" or not kernels:
@@ -144,6 +149,11 @@ class CohortEngine:
             return block * clock.steps
 
         return trial
+
+    @property
+    def _low(self) -> torch.dtype | None:
+        """The type of what is computed in lower precision."""
+        return torch.bfloat16 if self._options.precision == "bfloat16" else None
 
     @property
     def _bytes(self) -> int:
@@ -226,13 +236,17 @@ class CohortEngine:
     def _trainer(self, name: str, local: LocalRound) -> BlockTrainer:
         roles = Roles(self._moving(), self._private)
         kernel: Kernel
-        if name != "vmap":
+        if name.startswith("fused"):
             stack = self._stack(local, name)
             if isinstance(stack, str):
                 raise UnknownStackError(stack)
             kernel = FusedKernel(stack, frozenset(roles.moving), self._sites)
         else:
-            kernel = VmapKernel(VmapLoss(self._half, self._model, self._task, roles.moving), self._sites)
+            target = self._device if name == "compiled" else None
+            loss = VmapLoss(
+                self._half, self._model, self._task, roles.moving, low=self._low, compiled_for=target
+            )
+            kernel = VmapKernel(loss, self._sites)
         return BlockTrainer(
             self._half, self._model, roles, kernel, self._sites, self._options.dropout == "fast"
         )
@@ -243,10 +257,9 @@ class CohortEngine:
             return f"{type(self._half).__name__} has a loss of its own"
         if type(self._task) is not Classification:
             return "the task is not classification"
-        low = torch.bfloat16 if self._options.precision == "bfloat16" else None
         try:
             images = local.train_data.x.dim() == 4
-            return FusedStack(self._model, images=images, low=low, onednn=kernel == "fused-onednn")
+            return FusedStack(self._model, images=images, low=self._low, onednn=kernel == "fused-onednn")
         except UnknownStackError as error:
             return str(error)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
 
-from flowerbed.clients.cohort.dropout import Masks, Site, dropping
+from flowerbed.clients.cohort.compiled import Compiled
+from flowerbed.clients.cohort.dropout import GivenMasks, Masks, Site
 from flowerbed.clients.cohort.extras import StackedExtras
 from flowerbed.clients.cohort.schedule import Tick
 from flowerbed.clients.half import ClientHalf
@@ -23,11 +26,28 @@ StackedGradients = tuple[Tensor, Tensors, Tensors]
 class VmapLoss:
     """Differentiates a half's loss at the stacked parameters of many clients."""
 
-    def __init__(self, half: ClientHalf, model: nn.Module, task: Task, moving: Sequence[str]) -> None:
-        """The parameters in ``moving`` are differentiated."""
-        self._half, self._model, self._task = half, model, task
+    def __init__(
+        self,
+        half: ClientHalf,
+        model: nn.Module,
+        task: Task,
+        moving: Sequence[str],
+        *,
+        low: torch.dtype | None = None,
+        compiled_for: torch.device | None = None,
+    ) -> None:
+        """The parameters in ``moving`` are differentiated.
+
+        ``low`` is the type in which autocast computes the model, ``compiled_for`` the device to compile it for, if
+        it shall be compiled.
+        """
+        self._half, self._model, self._task, self._low = half, model, task, low
         self._moving = tuple(moving)
         self._parameters = frozenset(name for name, _ in model.named_parameters())
+        self._given = GivenMasks(model)
+        self._step: Callable[..., StackedGradients] = self._differentiated
+        if compiled_for is not None:
+            self._step = Compiled(self._differentiated, compiled_for)
 
     def gradients(
         self,
@@ -54,6 +74,8 @@ class VmapLoss:
             found = self._evaluate(some, batch, extras.take(index), sites.get(size, ()), own_noises)
             for name in tensors.keys() - self._parameters:
                 tensors[name][index] = some[name]
+            if isinstance(self._step, Compiled):
+                found = pytree.tree_map(torch.clone, found)  # The next call may write to the same place.
             parts.append((index, found))
         return _merged(parts, tick.active)
 
@@ -69,20 +91,34 @@ class VmapLoss:
         fixed = {n: v for n, v in tensors.items() if n not in moving}
         masks = [torch.stack([own[i] for own in noises]) for i in range(len(called))] if noises else []
 
+        if isinstance(self._step, Compiled):
+            # Slices of longer columns differ in their strides, for each of which code would be made.
+            batch = {name: column.contiguous() for name, column in batch.items()}
+        with self._given.in_place() if masks else nullcontext():
+            return self._step(moving, fixed, dict(batch), extras, masks)
+
+    def _differentiated(
+        self,
+        moving: Tensors,
+        fixed: Tensors,
+        batch: Tensors,
+        extras: StackedExtras,
+        masks: Sequence[Tensor],
+    ) -> StackedGradients:
         def loss(
             moving: Tensors, fixed: Tensors, batch: Tensors, leaves: Sequence[Tensor], masks: Sequence[Tensor]
         ) -> tuple[Tensor, tuple[Tensor, Mapping[str, Tensor]]]:
             known = {**moving, **fixed}
             weights = {n: v for n, v in known.items() if n in self._parameters}
             buffers = {n: v for n, v in known.items() if n not in self._parameters}
-            parts = ModelParts.functional(self._model, weights, buffers)
-            with dropping(called if masks else (), masks):
-                value, metrics = self._half.loss(parts, batch, extras.filled(leaves), self._task)
+            parts = ModelParts.functional(self._model, weights, buffers, low=self._low)
+            self._given.left[:] = masks
+            value, metrics = self._half.loss(parts, batch, extras.filled(leaves), self._task)
             return value, (value, dict(metrics))
 
         dims = (0, 0 if fixed else None, 0, extras.dims, 0 if masks else None)
         gradients, (losses, metrics) = vmap(grad(loss, has_aux=True), in_dims=dims, randomness="error")(
-            moving, fixed, dict(batch), extras.leaves, masks
+            moving, fixed, batch, extras.leaves, masks
         )
         return losses, metrics, gradients
 

@@ -94,6 +94,11 @@ def blocks(bytes_of_model: int) -> list[int]:
     return sorted({min(LARGEST, size) for size in (max(1, fitting // 2), fitting, 2 * fitting)})
 
 
+def compiled_block(bytes_of_model: int, device: torch.device) -> int:
+    """Return the block size of a kernel that is too slow to make ready to be tried with several."""
+    return LARGEST if device.type == "cuda" else min(LARGEST, max(1, BLOCK_BYTES // max(1, bytes_of_model)))
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says first, on one line."""
     lines = str(error).strip().splitlines()
