@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from flowerbed.clients.engine_routes import Routes, find_routes
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import MODEL, WORK, Clock, LocalRound, Metric, Reply
 from flowerbed.clients.params import LocalParams
+from flowerbed.clients.prefetch import Prefetch
 from flowerbed.clients.store import ClientState, ClientStore
 from flowerbed.clients.transforms import ClientTransform, Request
 from flowerbed.datasets.dataset import Dataset
@@ -176,7 +177,7 @@ class Worker:
         self.task = task_for(spec.dataset.task, spec.dataset.num_classes)
         self._loads: tuple[Sent, list[Tensor], list[Tensor]] | None = None
         self._engine: CohortEngine | None = None
-        self._views = ViewCache(VIEW_BYTES)
+        self._views = Prefetch(ViewCache(VIEW_BYTES), self._make_data)
         self._warned: set[str] = set()
 
     @cached_property
@@ -239,18 +240,23 @@ class Worker:
         ``agreed`` is what ``plan`` returned, here or in another process.
         """
         sent = Sent.of(content)
-        if self.spec.engine_refusal() is not None:
-            return partial(self._run_in_turn, sent)
-        if sent.time_limit:
-            # The clock of a client starts when it is opened, and clients that are together are opened at once.
-            self._warn(TIME_LIMIT)
-            return partial(self._run_in_turn, sent)
-        if sent.work != 1.0:
-            self._warn("clients make a part of their steps")
-            return partial(self._run_in_turn, sent)
-        if agreed is not None and self._engine is None:
-            self._engine = self._make_engine(agreed)
-        return partial(self._run_together, sent)
+        run = self._run_in_turn
+        if self.spec.engine_refusal() is None:
+            if sent.time_limit:
+                # The clock of a client starts when it is opened, and clients that are together are opened at once.
+                self._warn(TIME_LIMIT)
+            elif sent.work != 1.0:
+                self._warn("clients make a part of their steps")
+            else:
+                run = self._run_together
+                if agreed is not None and self._engine is None:
+                    self._engine = self._make_engine(agreed)
+
+        def run_block(block: Block, adder: Adder, pool: Pool) -> Raised:
+            with self._views.ahead((client, TRAIN) for _, client in block):
+                return run(sent, block, adder, pool)
+
+        return run_block
 
     def plan(self, content: RecordDict, clients: Sequence[int]) -> Plan | None:
         """Return how such clients are computed together, measured here, so that other processes do the same."""
@@ -448,9 +454,10 @@ class Worker:
         return reply, {OPTIMIZER_STEPS: local.optimizer_steps}
 
     def _data(self, client: int, name: str = TRAIN) -> ClientData:
-        return self._views.get((client, name), lambda: self._make_data(client, name))
+        return self._views.get((client, name))
 
-    def _make_data(self, client: int, name: str) -> ClientData:
+    def _make_data(self, key: tuple[int, str]) -> ClientData:
+        client, name = key
         spec, dataset = self.spec, self.spec.dataset
         split, partition = {
             TRAIN: (dataset.train, spec.train),

@@ -94,6 +94,9 @@ class ViewCache:
         self._bytes = 0
         self._views: OrderedDict[Hashable, ClientData] = OrderedDict()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._views
+
     def get(self, key: Hashable, make: Callable[[], ClientData]) -> ClientData:
         """Return the view kept under ``key``, or ``make()``, which is then kept."""
         if key in self._views:
