@@ -61,8 +61,13 @@ VARIANTS = (
     ),
     Variant(
         "cohort bf16",
-        {"local": {"precision": "bfloat16"}, "grid": {"engine": "cohort"}},
+        {"cohort": {"precision": "bfloat16"}, "grid": {"engine": "cohort"}},
         "many clients at once in bfloat16, weights and updates in float32",
+    ),
+    Variant(
+        "cohort compiled",
+        {"cohort": {"kernel": "compiled"}, "grid": {"engine": "cohort"}},
+        "many clients at once, the step compiled (before the rounds that count)",
     ),
     Variant(
         "ray messages",
