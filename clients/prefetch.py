@@ -12,6 +12,8 @@ from flowerbed.clients.data import ClientData, ViewCache
 
 HEAVY = 0.1
 """Share of a worker's time above which preparing data is worth a thread of its own."""
+LONG = 5e-3
+"""Seconds that preparing a client's data must take on average: shorter calls cost more in changes of thread."""
 DEPTH = 2
 """Clients whose data are prepared ahead: their views are the only memory that this takes."""
 
@@ -35,12 +37,13 @@ class Prefetch:
         self._futures: dict[Key, Future[Made]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._making = 0.0
+        self._made = 0
         self._busy = 0.0
 
     @property
     def heavy(self) -> bool:
-        """Whether making views has taken more than the share ``HEAVY`` of the time spent in blocks."""
-        return self._making > HEAVY * self._busy
+        """Whether making views takes long, and more than the share ``HEAVY`` of the time spent in blocks."""
+        return self._making > max(HEAVY * self._busy, LONG * self._made)
 
     def get(self, key: Key) -> ClientData:
         """Return the view of ``key``: kept, made ahead, or made now."""
@@ -50,6 +53,7 @@ class Prefetch:
         def make() -> ClientData:
             view, seconds = self._timed(key) if future is None else future.result()
             self._making += seconds
+            self._made += 1
             return view
 
         return self._views.get(key, make)

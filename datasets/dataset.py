@@ -114,6 +114,10 @@ class Dataset:
             )
 
     @property
+    def _normalised(self) -> bool:
+        return not any(self.mean) and all(value == 1 for value in self.std)
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one input: ``(C, H, W)``, ``(F,)`` or ``(L,)``."""
         return tuple(self.train.inputs.shape[1:])
@@ -127,9 +131,10 @@ class Dataset:
         """Return what a model receives for raw ``inputs`` with any leading dimensions (B or K, B).
 
         Images and features become normalised float32, ``(x - mean) / std`` per channel, uint8 after
-        division by 255. Token ids (int64) are returned as they are. ``inputs`` is not changed.
+        division by 255. Token ids (int64), and float32 of mean 0 and std 1, are returned as they are. ``inputs``
+        is not changed.
         """
-        if inputs.dtype == torch.int64:
+        if inputs.dtype == torch.int64 or (inputs.dtype == torch.float32 and self._normalised):
             return inputs
         trailing = len(self.input_shape) - 1
         mean = _constant(self.mean, trailing, inputs.device)

@@ -56,22 +56,27 @@ def test_the_next_clients_data_are_made_while_one_trains_and_no_more_than_two() 
     assert made == [0, 1, 2, 3, 4, 5]
 
 
-def test_light_data_are_made_in_turn() -> None:
-    threads: list[int] = []
+@pytest.mark.parametrize(
+    ("making", "training", "heavy"),
+    [(0.02, 0.05, True), (0.02, 0.5, False), (0.0002, 0.0001, False)],
+    ids=["heavy", "a small share", "short calls"],
+)
+def test_what_is_heavy(making: float, training: float, heavy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that data and training move: a tenth of the time, and 5 ms a client."""
+    clock = [0.0]
+    monkeypatch.setattr("flowerbed.clients.prefetch.time.perf_counter", lambda: clock[0])
 
     def make(key: Key) -> ClientData:
-        threads.append(threading.get_ident())
+        clock[0] += making
         return view(key[0])
 
     views = Prefetch(ViewCache(10**6), make)
-    pause = threading.Event()
-    for block in (range(3), range(3, 6)):
-        with views.ahead(keys(block)):
-            for client in block:
-                views.get((client, "train"))
-            pause.wait(0.01)
-    assert set(threads) == {threading.get_ident()}
     assert not views.heavy
+    with views.ahead(keys(range(3))):
+        for client in range(3):
+            views.get((client, "train"))
+            clock[0] += training
+    assert views.heavy is heavy
 
 
 @pytest.mark.usefixtures("always")
