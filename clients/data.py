@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,10 @@ Batch = dict[str, Tensor]
 """A batch by name: x (inputs, prepared), y (labels), index (sample ids in the split), and the extras."""
 GATHER_BYTES = 2**21
 """Samples gathered at a time: many small batches, or one large one, within a core's cache."""
-
+SLAB_BYTES = 2**21
+"""Memory that kept views are laid into at a time: a huge page."""
+MOST_VIEWS = 2**12
+"""Views that are kept at most: the objects of one take about 4 kB, however few its samples are."""
 
 LABELLED = "labelled"
 """Extra of a semi-supervised split: bool, whether the client sees the sample's label."""
@@ -80,17 +84,56 @@ class ClientData:
         # Copies whole rows, in half the time of indexing.
         return {name: values.index_select(0, rows) for name, values in columns.items()}
 
+    def kept(self, slabs: Slabs) -> ClientData:
+        """Return the same samples, laid into ``slabs``."""
+        extras = {name: slabs.keep(values) for name, values in self.extras.items()}
+        return replace(
+            self, x=slabs.keep(self.x), y=slabs.keep(self.y), index=slabs.keep(self.index), extras=extras
+        )
+
     def take(self, rows: Tensor) -> ClientData:
         """Return the view of the given rows (int64 or bool) of this one."""
         extras = {name: values[rows] for name, values in self.extras.items()}
         return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows], extras=extras)
 
 
+class Slabs:
+    """Room for tensors that stay, apart from the heap in which those of training come and go.
+
+    Small tensors that stay between large ones that go take the heap apart: it grows with every client. A slab goes back
+    to the system with the last tensor in it.
+    """
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def keep(self, values: Tensor) -> Tensor:
+        """Return a copy of ``values`` that lies in a slab.
+
+        What is larger than one, on a GPU or no plain array is returned itself.
+        """
+        if values.device.type != "cpu" or not values.is_contiguous() or not 0 < values.nbytes <= SLAB_BYTES:
+            return values
+        start = -(-self._used // 64) * 64
+        if start + values.nbytes > len(self._slab):
+            memory = mmap.mmap(-1, SLAB_BYTES)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._slab, start = torch.frombuffer(memory, dtype=torch.uint8), 0
+        self._used = start + values.nbytes
+        return self._slab[start : self._used].view(values.dtype).view(values.shape).copy_(values)
+
+
 class ViewCache:
-    """The most recently used views, as many as fit into ``limit`` bytes, and at any rate the last one."""
+    """The most recently used views, as many as fit into ``limit`` bytes, and at any rate the last one.
+
+    No more than ``MOST_VIEWS`` of them.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._slabs = Slabs()
         self._bytes = 0
         self._views: OrderedDict[Hashable, ClientData] = OrderedDict()
 
@@ -104,14 +147,14 @@ class ViewCache:
             return self._views[key]
         # Before another one is made, so that no two views of which one is too large exist together.
         self._shrink(self._limit)
-        view = make()
+        view = make().kept(self._slabs)
         self._shrink(self._limit - view.nbytes)
         self._views[key] = view
         self._bytes += view.nbytes
         return view
 
     def _shrink(self, limit: int) -> None:
-        while self._views and self._bytes > limit:
+        while self._views and (self._bytes > limit or len(self._views) >= MOST_VIEWS):
             _, view = self._views.popitem(last=False)
             self._bytes -= view.nbytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -13,7 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowerbed.clients.data import BatchOrder, BatchReader, ClientData, ViewCache
+from flowerbed.clients.data import (
+    SLAB_BYTES,
+    BatchOrder,
+    BatchReader,
+    ClientData,
+    Slabs,
+    ViewCache,
+)
 from flowerbed.clients.engine_rules import clip, update_rule
 from flowerbed.clients.half import ClientHalf
 from flowerbed.clients.local_round import Clock, LocalRound
@@ -131,6 +140,50 @@ def test_batches_gathered_together_are_those_gathered_one_by_one(
             found.clear()
 
 
+TYPES = (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.bfloat16)
+
+
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 300), st.integers(1, 700)), max_size=30)
+)
+@settings(max_examples=30, deadline=None)
+def test_what_lies_in_slabs_is_what_was_given(kinds: list[tuple[torch.dtype, int, int]]) -> None:
+    slabs = Slabs()
+    given = [torch.arange(n * m).view(n, m).mul(7).to(kind) for kind, n, m in kinds]
+    found = [slabs.keep(values) for values in given]
+    for values, kept in zip(given, found, strict=True):
+        assert kept.dtype == values.dtype
+        assert kept.is_contiguous()
+        assert torch.equal(kept, values)
+        assert kept.data_ptr() % 64 == 0 or not 0 < kept.nbytes <= SLAB_BYTES
+
+
+def test_a_slab_goes_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[mmap.mmap]] = []
+    make = mmap.mmap
+
+    def noted(*args: int) -> mmap.mmap:
+        memory = make(*args)
+        made.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr("flowerbed.clients.data.mmap.mmap", noted)
+    slabs = Slabs()
+    half = torch.ones(SLAB_BYTES // 8)  # float32: half a slab
+    first, second = slabs.keep(half), slabs.keep(half)
+    third = slabs.keep(half)
+    large = torch.ones(SLAB_BYTES)
+    assert slabs.keep(large) is large
+    assert len(made) == 2
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    del first
+    assert made[0]() is not None
+    del second
+    assert made[0]() is None
+    assert made[1]() is not None
+    assert float(third.sum()) == half.numel()
+
+
 def test_views_are_kept_within_their_limit_and_the_last_one_always() -> None:
     made: list[int] = []
 
@@ -156,6 +209,20 @@ def test_views_are_kept_within_their_limit_and_the_last_one_always() -> None:
     get(cache, 0)
     get(cache, 3, samples=100)
     assert made == [0, 1, 2, 1, 3, 0, 3]
+
+
+def test_views_are_kept_up_to_a_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowerbed.clients.data.MOST_VIEWS", 2)
+    made: list[int] = []
+    cache = ViewCache(10**9)
+    for client in (0, 1, 0, 1, 2, 1, 2, 0):
+
+        def make(client: int = client) -> ClientData:
+            made.append(client)
+            return view(1)
+
+        cache.get(client, make)
+    assert made == [0, 1, 2, 0]
 
 
 def open_round(model: str, local: LocalParams, samples: int = 20) -> LocalRound:
