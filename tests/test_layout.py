@@ -65,7 +65,8 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
 def test_clients_need_only_the_base_install() -> None:
     code = (
         "import sys, flowerbed.clients.app, flowerbed.strategies.fedavg\n"
-        "heavy = ('ray', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'sklearn', 'scipy', 'datasets', 'rich', 'yaml')\n"
+        "heavy = ('ray', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'sklearn', 'scipy', 'datasets', 'rich', 'yaml',\n"
+        "'torch._dynamo')\n"
         "print([n for n in heavy if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", env=_environment(), capture_output=True,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -52,9 +51,12 @@ class Compiled:
         return found
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
+        # Here, since it takes as long to import as all the rest of torch.
+        from torch._dynamo import config
+
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        with config.patch(recompile_limit=RECOMPILATIONS):
             return self._compiled(*arguments)
 
 
