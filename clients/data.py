@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]
 GATHER_BYTES = 2**21
 """Samples gathered at a time: many small batches, or one large one, within a core's cache."""
 SLAB_BYTES = 2**21
-"""Memory that kept views are laid into at a time: a huge page."""
+"""Memory that kept views are laid into at a time."""
 MOST_VIEWS = 2**12
 """Views that are kept at most: the objects of one take about 4 kB, however few its samples are."""
 
@@ -117,10 +117,7 @@ class Slabs:
             return values
         start = -(-self._used // 64) * 64
         if start + values.nbytes > len(self._slab):
-            memory = mmap.mmap(-1, SLAB_BYTES)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._slab, start = torch.frombuffer(memory, dtype=torch.uint8), 0
+            self._slab, start = torch.frombuffer(mmap.mmap(-1, SLAB_BYTES), dtype=torch.uint8), 0
         self._used = start + values.nbytes
         return self._slab[start : self._used].view(values.dtype).view(values.shape).copy_(values)
 
