@@ -16,8 +16,8 @@ from flowerbed.strategies.attacks.generative import Prior, shipped
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
-def test_there_is_one() -> None:
-    assert "fashion_mnist" in shipped()
+def test_there_are_two() -> None:
+    assert {"fashion_mnist", "cifar10"} <= set(shipped())
 
 
 @pytest.mark.parametrize("name", shipped())
