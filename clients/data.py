@@ -105,7 +105,7 @@ class Slabs:
     """
 
     def __init__(self) -> None:
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slab: mmap.mmap | None = None
         self._used = 0
 
     def keep(self, values: Tensor) -> Tensor:
@@ -116,10 +116,12 @@ class Slabs:
         if values.device.type != "cpu" or not values.is_contiguous() or not 0 < values.nbytes <= SLAB_BYTES:
             return values
         start = -(-self._used // 64) * 64
-        if start + values.nbytes > len(self._slab):
-            self._slab, start = torch.frombuffer(mmap.mmap(-1, SLAB_BYTES), dtype=torch.uint8), 0
+        if self._slab is None or start + values.nbytes > SLAB_BYTES:
+            self._slab, start = mmap.mmap(-1, SLAB_BYTES), 0
         self._used = start + values.nbytes
-        return self._slab[start : self._used].view(values.dtype).view(values.shape).copy_(values)
+        # Keeps the slab for as long as it exists.
+        kept = torch.frombuffer(self._slab, dtype=values.dtype, count=values.numel(), offset=start)
+        return (kept if values.dim() == 1 else kept.view(values.shape)).copy_(values)
 
 
 class ViewCache:
