@@ -84,17 +84,14 @@ class ClientData:
         # Copies whole rows, in half the time of indexing.
         return {name: values.index_select(0, rows) for name, values in columns.items()}
 
-    def kept(self, slabs: Slabs) -> ClientData:
-        """Return the same samples, laid into ``slabs``."""
-        extras = {name: slabs.keep(values) for name, values in self.extras.items()}
-        return replace(
-            self, x=slabs.keep(self.x), y=slabs.keep(self.y), index=slabs.keep(self.index), extras=extras
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> ClientData:
+        """Return the view whose columns are what ``change`` makes of those of this one."""
+        extras = {name: change(values) for name, values in self.extras.items()}
+        return replace(self, x=change(self.x), y=change(self.y), index=change(self.index), extras=extras)
 
     def take(self, rows: Tensor) -> ClientData:
         """Return the view of the given rows (int64 or bool) of this one."""
-        extras = {name: values[rows] for name, values in self.extras.items()}
-        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows], extras=extras)
+        return self.each(lambda values: values[rows])
 
 
 class Slabs:
@@ -146,7 +143,7 @@ class ViewCache:
             return self._views[key]
         # Before another one is made, so that no two views of which one is too large exist together.
         self._shrink(self._limit)
-        view = make().kept(self._slabs)
+        view = make().each(self._slabs.keep)
         self._shrink(self._limit - view.nbytes)
         self._views[key] = view
         self._bytes += view.nbytes
