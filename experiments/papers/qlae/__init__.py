@@ -31,9 +31,6 @@ downloads. In quick runs they have 16x16 pixels and the networks are MLPs. Decay
 in the paper, whose runs last twenty times that; quick runs end after 10,000 steps, hence decay 0.5 beside the paper's
 0.1. The weights of the beta-TCVAE are those of Chen et al., per pixel.
 
-In the quick runs that baseline keeps few latents and reconstructs poorly, so it is weak in explicitness and PSNR;
-by ``infom-binned`` it is more modular than QLAE, by InfoM it is not.
-
 Many clients: encoder, decoder and codebooks are averaged, each V_j sorted first, since its order means nothing and
 would break the mean. (That of a VQ-VAE's vectors means nothing either, and they have none to be put in.) Decay acts at
 the clients, once a step. A client that sees few values of a factor leaves values of V unused. InfoE of a single factor
