@@ -31,7 +31,7 @@ $(VENV)/.simulation: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,report,privacy,attacks,export,sweeps,docs,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[simulation,tracking,report,privacy,attacks,export,sparsity,sweeps,docs,dev]"
 	touch $@
 
 clean:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.errors import ConfigError
+from flowerbed.models.compact import compacted
 from flowerbed.models.info import ModelInfo
 from flowerbed.models.sparsity import multiply_adds, prunable, sparsity_of
 from flowerbed.registry import import_attribute
 
 BATCH = 512
+TIMED = 1.0
+"""Seconds for which a call is repeated, at least."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,28 @@ def sparsity(measured: Measured) -> dict[str, float]:
         "emptiest-layer": min(float((w != 0).sum()) for w in weights.values()),
         "multiply-adds-left": kept / whole,
     }
+
+
+def latency(measured: Measured) -> dict[str, float]:
+    """Return what a batch of test samples takes, in milliseconds, with the channels that are zero and without, and the
+    share of parameters without.
+
+    A time is the median of repeated calls on the run's device, one thread on a CPU. It depends on the machine.
+    """
+    x = next(measured.batches(measured.dataset.test))
+    small = compacted(measured.model, x)
+    whole, left = (sum(p.numel() for p in net.parameters()) for net in (measured.model, small))
+    return {
+        "latency-ms": _milliseconds(measured.model, x),
+        "compact-latency-ms": _milliseconds(small, x),
+        "parameters-left": left / whole,
+    }
+
+
+def _milliseconds(model: nn.Module, x: Tensor) -> float:
+    # Only here: its import takes time that every start of a run would pay.
+    from torch.utils.benchmark import Timer
+
+    with torch.no_grad():
+        timer = Timer("model(x)", globals={"model": model, "x": x})
+        return 1000 * timer.blocked_autorange(min_run_time=TIMED).median

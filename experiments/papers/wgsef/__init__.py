@@ -20,7 +20,9 @@ exactly, between two of the 2m points where a u_j leaves 0 or reaches 1. Trainin
 proximal map with lambda times the learning rate. k is *not* guaranteed: the map leaves at least k groups, and for small
 lambda all. So lambda grows by a factor each round until at most (1 + ``tolerance``) k groups are left, and stays; the
 rest is cut at the end (``uncut`` figures are those before). Groups are filters and rows with scale and shift of their
-batch norm: a filter of zeros would still emit the shift. Once such a group is zero, no gradient reaches it.
+batch norm: a filter of zeros would still emit the shift. Once such a group is zero, no gradient reaches it. At full
+scale the channels that nothing writes any more are taken out and both models timed (``latency`` of
+``flowerbed.experiments.measures``).
 
 Baselines at the same k: ``lasso`` (proximal group lasso, lambda sum_j sqrt(d_j) n_j, over a grid of lambda about that
 which leaves k groups, the best of which counts); ``oneshot`` (weight decay, the smallest groups removed before the last
