@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from flowerbed.clients.params import LocalParams
 from flowerbed.datasets.cache import default_cache_dir
+from flowerbed.machine import processor
 from flowerbed.models.fast import Route, onednn_linear
 
 Routes = Mapping[tuple[int, int], Route]
@@ -118,16 +119,9 @@ def _faster(other: Callable[[], Tensor], default: Callable[[], Tensor]) -> bool:
 
 def _machine() -> str:
     """Return what the fastest way depends on, as a file name."""
-    facts = (platform.machine(), _processor(), torch.__version__, torch.get_num_threads())
+    name = processor() + torch.backends.cpu.get_cpu_capability()
+    facts = (platform.machine(), name, torch.__version__, torch.get_num_threads())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.partition(":")[2].strip() + torch.backends.cpu.get_cpu_capability()
-    return platform.processor()
 
 
 def _key(shape: tuple[int, int], rows: int) -> str:

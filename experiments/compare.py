@@ -20,7 +20,7 @@ from flowerbed.errors import CheckpointError, ConfigError, DataError, require, u
 from flowerbed.experiments import compare_report
 from flowerbed.experiments import metrics as summaries
 from flowerbed.experiments.comparison import FINISHED, ON_CLIENTS, Comparison, Metric, Run
-from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.config import Simulation, merged
 from flowerbed.experiments.parts import build_parts
 from flowerbed.experiments.simulation import run_simulation
 from flowerbed.server.callbacks import CLIENTS, Callback, MetricsLog, Record
@@ -65,7 +65,7 @@ def compare(
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"The strategy {twice} is there twice; give methods as labels with settings.")
         methods = {name: {"strategy": choice} for name, choice in zip(names, choices, strict=True)}
-    simulations = {label: Simulation.of(_merged(common, own)) for label, own in methods.items()}
+    simulations = {label: Simulation.of(merged(common, own)) for label, own in methods.items()}
     return compare_simulations(simulations, seeds, out, metrics=metrics, reference=reference, watcher=watcher)
 
 
@@ -264,12 +264,3 @@ def _check_buildable(label: str, simulation: Simulation, root: Path | None) -> N
         build_parts(simulation)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{label}: {error}") from error
-
-
-def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of ``common`` with those of ``own`` in or over them."""
-    result = dict(common)
-    for name, value in own.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping) and "name" not in value
-        result[name] = {**result[name], **value} if both else value
-    return result

@@ -52,6 +52,8 @@ TRACKERS = ("none", "wandb", "tensorboard")
 WANDB_MODES = ("offline", "online", "disabled")
 EXCHANGES = ("auto", "messages", "pooled")
 VIEWS = ("server", "released")
+Settings = dict[str, Any]
+"""Sections by name, as ``Simulation.of`` takes them."""
 
 
 @dataclass(frozen=True)
@@ -395,3 +397,21 @@ def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{prefix}: {error}.") from error
+
+
+def merged(*layers: Mapping[str, Any]) -> Settings:
+    """Return sections laid over each other, later ones over earlier ones.
+
+    A mapping goes into the section that is there; one that names something else (``name``) replaces it.
+    """
+    result: Settings = {}
+    for layer in layers:
+        for section, value in layer.items():
+            before = result.get(section)
+            if isinstance(before, str) and isinstance(value, Mapping):
+                before = {"name": before}
+            if isinstance(before, Mapping) and isinstance(value, Mapping) and "name" not in value:
+                result[section] = {**before, **value}
+            else:
+                result[section] = value
+    return result

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flowerbed import __version__
+from flowerbed.machine import processor
 
 PACKAGES = ("torch", "numpy", "flwr", "ray", "pfl")
 MATMUL = {"cpu": 1024, "cuda": 8192}
@@ -27,7 +28,7 @@ def stamp(device: str, pfl_path: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -62,13 +63,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def matmul_flops(device: str, repeats: int = 10) -> float:

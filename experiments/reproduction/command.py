@@ -11,10 +11,11 @@ from typing import Any, Self
 
 from flowerbed.errors import ConfigError, FlowerbedError, require
 from flowerbed.experiments.composition import import_from_current_directory, parse, whole_numbers
+from flowerbed.experiments.config import Settings, merged
 from flowerbed.experiments.failure import FAILED, describe, exit_code
 from flowerbed.experiments.reproduction import digests, ledger, report
 from flowerbed.experiments.reproduction.engine import OUT, SMOKE, Reproduction, cores, reproduce
-from flowerbed.experiments.reproduction.paper import SCALES, Paper, Settings, built, load_paper, merged
+from flowerbed.experiments.reproduction.paper import SCALES, Paper, built, load_paper
 from flowerbed.experiments.reproduction.running import Job, Outcome
 from flowerbed.experiments.reproduction.schedule import Watcher
 from flowerbed.experiments.text import duration

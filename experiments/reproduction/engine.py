@@ -10,9 +10,10 @@ from pathlib import Path
 
 from flowerbed.errors import ConfigError, require, unknown_name
 from flowerbed.experiments.comparison import FINISHED
+from flowerbed.experiments.config import Settings, merged
 from flowerbed.experiments.reproduction.claims import Claim, Verdict, check_metric, judge
 from flowerbed.experiments.reproduction.finished import Finished
-from flowerbed.experiments.reproduction.paper import Paper, Scale, Settings, load_paper, load_scale, merged
+from flowerbed.experiments.reproduction.paper import Paper, Scale, load_paper, load_scale
 from flowerbed.experiments.reproduction.running import Job, Outcome, united
 from flowerbed.experiments.reproduction.schedule import Watcher, plan, run_all
 

@@ -26,6 +26,7 @@ from flowerbed.experiments.reproduction.claims import NOT_EVALUATED, REPRODUCED
 from flowerbed.experiments.reproduction.engine import SMOKE, Reproduction
 from flowerbed.experiments.reproduction.paper import Paper, load_paper, load_scale
 from flowerbed.experiments.run_directory import git_commit, versions
+from flowerbed.machine import processor
 from flowerbed.storage import atomic_write
 
 LEDGER = Path(__file__).parent.parent / "ledger"
@@ -186,21 +187,13 @@ def hardware() -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processor(),
     }
     with contextlib.suppress(ValueError, OSError, AttributeError):
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         found["memory_gib"] = round(pages / 2**30, 1)
     found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return found
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flowerbed.errors import ConfigError, require, unknown_name
-from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.config import Settings, Simulation, merged
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.claims import Claim
 from flowerbed.registry import import_attribute
@@ -60,7 +60,6 @@ PACKAGE = "flowerbed.experiments.papers"
 FOLDER = Path(__file__).parent.parent / "papers"
 CONF = Path(__file__).parent.parent / "conf" / "paper"
 SCALES = ("smoke", "quick", "full")
-Settings = dict[str, Any]
 ONE_CLIENT: Settings = {
     "federation": {"clients": 1},
     "local": {"persist": True},
@@ -228,24 +227,6 @@ def load_scale(paper: Paper, name: str, overrides: Settings | None = None) -> Sc
     for one in arms.values():
         one.simulation(seeds[0], dict.fromkeys(one.references(), "model"))
     return found
-
-
-def merged(*layers: Mapping[str, Any]) -> Settings:
-    """Return sections laid over each other, later ones over earlier ones.
-
-    A mapping goes into the section that is there; one that names something else (``name``) replaces it.
-    """
-    result: Settings = {}
-    for layer in layers:
-        for section, value in layer.items():
-            before = result.get(section)
-            if isinstance(before, str) and isinstance(value, Mapping):
-                before = {"name": before}
-            if isinstance(before, Mapping) and isinstance(value, Mapping) and "name" not in value:
-                result[section] = {**before, **value}
-            else:
-                result[section] = value
-    return result
 
 
 def known(kind: str, given: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 from flowerbed.errors import CheckpointError, ConfigError, DataError, DivergedError
 from flowerbed.experiments import metrics
-from flowerbed.experiments.config import Simulation
+from flowerbed.experiments.config import Settings, Simulation
 from flowerbed.experiments.failure import first_line
 from flowerbed.experiments.reproduction.claims import DIVERGED, Observed
 from flowerbed.experiments.reproduction.finished import Finished
-from flowerbed.experiments.reproduction.paper import Settings, load_paper
+from flowerbed.experiments.reproduction.paper import load_paper
 from flowerbed.experiments.simulation import run_simulation
 from flowerbed.server.callbacks import CLIENTS, SERVER, Callback, MetricsLog, Record
 from flowerbed.server.grids.base import torch_threads

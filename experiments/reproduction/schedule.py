@@ -10,8 +10,9 @@ from pathlib import Path
 
 from flowerbed.errors import ConfigError, RunError
 from flowerbed.experiments.comparison import FINISHED
+from flowerbed.experiments.config import Settings
 from flowerbed.experiments.reproduction import digests
-from flowerbed.experiments.reproduction.paper import Scale, Settings, load_paper, load_scale
+from flowerbed.experiments.reproduction.paper import Scale, load_paper, load_scale
 from flowerbed.experiments.reproduction.running import MODEL, Job, Key, Outcome, execute
 from flowerbed.server.callbacks import Callback, Record, read_lines
 

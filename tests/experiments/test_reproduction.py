@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from flowerbed.errors import ConfigError
 from flowerbed.experiments import cli
+from flowerbed.experiments.config import merged
 from flowerbed.experiments.reproduction import digests, ledger, report
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.claims import NOT_REPRODUCED, REPRODUCED, Claim, metric
 from flowerbed.experiments.reproduction.command import claim_names
 from flowerbed.experiments.reproduction.engine import reproduce
-from flowerbed.experiments.reproduction.paper import built, load_paper, load_scale, merged
+from flowerbed.experiments.reproduction.paper import built, load_paper, load_scale
 from flowerbed.experiments.reproduction.running import Job, Outcome
 from flowerbed.experiments.reproduction.schedule import Watcher, plan
 
