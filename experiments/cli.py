@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         help="safetensors (weights), pt2 (torch.export), torchscript, onnx (default: %(default)s)",
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="where the files go (RUN/export)")
+    export.add_argument("--compact", action="store_true", help="take out the channels that are exactly zero")
     commands.add_parser(
         "diff", add_help=False, help="say which settings and results of two runs or sweeps differ: diff A B"
     )
@@ -218,7 +219,7 @@ def _dispatch(asked: argparse.Namespace, as_json: bool) -> int:
     if asked.command == "list":
         return _list(asked.kind, asked.pattern, as_json)
     if asked.command == "export":
-        return _export(asked.directory, asked.format.split(","), asked.out, as_json)
+        return _export(asked.directory, asked.format.split(","), asked.out, asked.compact, as_json)
     return _show(asked.directory, as_json)
 
 
@@ -231,12 +232,12 @@ def _list(plural: str, pattern: str, as_json: bool) -> int:
     return 0
 
 
-def _export(run: Path, formats: Sequence[str], out: Path | None, as_json: bool) -> int:
+def _export(run: Path, formats: Sequence[str], out: Path | None, compact: bool, as_json: bool) -> int:
     from flowerbed.experiments import export
     from flowerbed.experiments.composition import import_from_current_directory
 
     import_from_current_directory()
-    made = export.export_run(run, formats, out)
+    made = export.export_run(run, formats, out, compact=compact)
     if as_json:
         print(json.dumps(export.as_json(made)))
         return 0

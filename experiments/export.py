@@ -27,6 +27,7 @@ from flowerbed.datasets.dataset import Dataset
 from flowerbed.errors import ConfigError, RunError, unknown_name
 from flowerbed.experiments import model_card, report, run_directory
 from flowerbed.experiments.parts import Parts, build_parts
+from flowerbed.models.compact import compacted
 from flowerbed.storage import atomic_write
 
 WEIGHTS = "model.safetensors"
@@ -72,11 +73,14 @@ class Exported:
     """Largest difference from the model's logits on test samples, by format."""
 
 
-def export_run(run: Path, formats: Sequence[str] = ("safetensors",), out: Path | None = None) -> Exported:
+def export_run(
+    run: Path, formats: Sequence[str] = ("safetensors",), out: Path | None = None, *, compact: bool = False
+) -> Exported:
     """Write the global model of a run in some formats, with a model card, into ``out`` (``run``/export).
 
-    Raises ``ConfigError`` for a run without a model, an unknown format, a missing package, or a model that a format
-    cannot hold; ``RunError`` if a file does not compute what the model does.
+    ``compact`` takes out the channels that are exactly zero (``flowerbed.models.compact``). Raises ``ConfigError`` for
+    a run without a model, an unknown format, a missing package, or a model that a format cannot hold or out of which
+    no channels can be taken; ``RunError`` if a file does not compute what the model does.
     """
     for name in formats:
         if name not in FORMATS:
@@ -86,12 +90,16 @@ def export_run(run: Path, formats: Sequence[str] = ("safetensors",), out: Path |
     simulation = run_directory.load_simulation(run)
     parts = build_parts(simulation)
     model = trained(parts, run / WEIGHTS)
+    samples = parts.dataset.test.inputs[:CHECKED].clone()
+    prepared = parts.dataset.prepare(samples)
+    with torch.no_grad():
+        expected = model(prepared)
+    trained_on = model_card.parameters(model)
+    if compact:
+        model = compacted(model, prepared)
     folder = out or run / "export"
     folder.mkdir(parents=True, exist_ok=True)
     whole = Prepared(model, parts.dataset).eval()
-    samples = parts.dataset.test.inputs[:CHECKED].clone()
-    with torch.no_grad():
-        expected = model(parts.dataset.prepare(samples))
     files, differences = [], {}
     for name in formats:
         path = folder / f"model.{FORMATS[name].suffix}"
@@ -100,10 +108,11 @@ def export_run(run: Path, formats: Sequence[str] = ("safetensors",), out: Path |
         files.append(path)
     facts = {
         **model_card.facts(parts),
+        "parameters": model_card.parameters(model),
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     atomic_write(folder / "config.json", (json.dumps(facts, indent=1) + "\n").encode())
-    card = model_card.text(parts, report.read_summary(run), model, [path.name for path in files])
+    card = model_card.text(parts, report.read_summary(run), model, trained_on, [path.name for path in files])
     atomic_write(folder / "README.md", card.encode())
     return Exported((*files, folder / "config.json", folder / "README.md"), differences)
 

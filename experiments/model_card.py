@@ -61,12 +61,23 @@ def facts(parts: Parts) -> dict[str, Any]:
     }
 
 
-def text(parts: Parts, summary: Mapping[str, Any], model: nn.Module, files: Sequence[str]) -> str:
-    """Return the card; ``summary`` is the run's, ``files`` are the names of the models beside it."""
+def parameters(model: nn.Module) -> int:
+    """Return how many parameters a model has."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def text(
+    parts: Parts, summary: Mapping[str, Any], model: nn.Module, trained: int, files: Sequence[str]
+) -> str:
+    """Return the card.
+
+    ``summary`` is the run's, ``trained`` the number of parameters that it trained, of which the model may have fewer,
+    ``files`` are the names of the models beside the card.
+    """
     simulation, dataset = parts.simulation, parts.dataset
     federation, local = simulation.federation, simulation.local
     strategy = thing("strategy", simulation.strategy.name)
-    parameters = sum(p.numel() for p in model.parameters())
+    left = parameters(model)
     budget = f"{local.steps} steps" if local.steps else f"{local.epochs} epochs"
     sizes = parts.train.sizes
     title = f"{parts.spec.model.name} on {dataset.name} by {simulation.strategy.name}"
@@ -95,7 +106,11 @@ def text(parts: Parts, summary: Mapping[str, Any], model: nn.Module, files: Sequ
         "## Method",
         _table(
             ("strategy", f"{simulation.strategy.name}: {strategy.summary}"),
-            ("model", f"{_options(simulation.model.plain())}, {parameters:,} parameters"),
+            ("model", f"{_options(simulation.model.plain())}, {trained:,} parameters"),
+            (
+                "taken out",
+                f"channels that are exactly zero; {left:,} parameters are left" if left < trained else "",
+            ),
             ("a round", f"{federation.wanted} clients, {budget} of {local.batch_size} samples"),
             ("defence", "" if simulation.defence.name == "none" else _options(simulation.defence.plain())),
             ("privacy", "" if simulation.privacy.mode == "none" else _options(simulation.plain()["privacy"])),

@@ -24,6 +24,22 @@ TWO_LINES = 'from safetensors.torch import load_file\nstate = load_file("model.s
 
 
 @pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that leaves 6 of 20 units."""
+    directory = tmp_path_factory.mktemp("export") / "sparse"
+    settings = [
+        "strategy=flowerbed.experiments.papers.wgsef:Wgsef",
+        "strategy.k=0.3",
+        "federation.clients=2",
+        "federation.rounds=2",
+        "model=mlp",
+        "model.hidden=[20]",
+    ]
+    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a run whose model is not the initial one."""
     directory = tmp_path_factory.mktemp("export") / "run"
@@ -210,3 +226,40 @@ def test_tokens_go_in_as_they_are(tmp_path: Path) -> None:
     assert cli.main(["simulate", f"dataset=npz:{tmp_path}/text.npz", *settings, "--json"]) == 0
     made = export.export_run(tmp_path / "run", ["pt2"])
     assert made.differences["pt2"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pt2", "torchscript"])
+def test_compact_files_hold_what_is_not_zero(sparse: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("torch_pruning", reason="needs flowerbed[sparsity]")
+    words = ["export", str(sparse), "--format", f"safetensors,{name}", "--out", str(tmp_path), "--compact"]
+    assert cli.main(words) == 0
+    shapes = {key: tuple(value.shape) for key, value in load_file(tmp_path / "model.safetensors").items()}
+    assert sorted(shapes.values()) == [(6,), (6, 64), (10,), (10, 6)]
+    whole = load_file(sparse / "model.safetensors")
+    units = next(value for value in whole.values() if value.shape == (20, 64))
+    alive = units.ne(0).any(1)
+    assert torch.equal(
+        load_file(tmp_path / "model.safetensors")["head.weight"], whole["head.weight"][:, alive]
+    )
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["parameters"] == 6 * 65 + 10 * 7
+    card = (tmp_path / "README.md").read_text()
+    assert f"{20 * 65 + 10 * 21:,} parameters" in card
+    assert f"{facts['parameters']:,} parameters are left" in card
+
+
+def test_where_nothing_is_zero_nothing_is_taken_out(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="needs flowerbed[sparsity]")
+    directory = tmp_path / "run"
+    settings = ["federation.clients=2", "federation.rounds=1", "model=small_cnn", "local.steps=1"]
+    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
+    # Nothing is zero, so nothing is taken out, and the files are those of the whole model.
+    export.export_run(directory, out=tmp_path / "out", compact=True)
+    whole, made = (
+        load_file(directory / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert {name: value.shape for name, value in whole.items()} == {
+        name: value.shape for name, value in made.items()
+    }
+    assert "taken out" not in (tmp_path / "out" / "README.md").read_text()
