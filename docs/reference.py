@@ -31,6 +31,11 @@ from flowerbed.experiments.options import (
     options_of,
     thing,
 )
+from flowerbed.experiments.reproduction import ledger
+from flowerbed.experiments.reproduction.catalogue import catalogue
+from flowerbed.experiments.reproduction.ledger import Record, Standing
+from flowerbed.experiments.reproduction.paper import built
+from flowerbed.experiments.text import duration
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 BORDER = re.compile(r"=+( +=+)*$")
@@ -40,6 +45,12 @@ MARKUP = re.compile(
     r"(?P<kept>``.+?``|(?<![\w*])\*{1,2}[^\s*](?:[^*\n]*[^\s*])?\*{1,2}(?![\w*]))|[\\*`|]|_(?!\w)", re.DOTALL
 )
 MARKER = "<!-- further pages -->"
+PAPERS = """\
+The {count} papers that `flowerbed reproduce` has run, with every claim as it came out. A claim is an inequality over
+arms, stated before the runs and judged by the mean over all seeds: *reproduced* if it holds, *direction only* if the
+effect has the right sign but not the size, *mechanism only* if just a weaker statement holds.
+[Reproduce a paper](../reproduce-a-paper.md) says how to run one, or to add one.
+"""
 PREFIXED = {"dataset": ("hf:NAME", "npz:PATH"), "model": ("timm:NAME",)}
 """Names that no registry lists, as they are written."""
 API = {
@@ -112,6 +123,7 @@ def pages() -> dict[str, str]:
     found["attacks"] = attacks()
     found["settings"] = settings()
     found["commands"] = commands()
+    found["papers"] = papers()
     for title, modules in API.items():
         found[f"api-{title.lower().replace(' ', '-')}"] = api(title, modules)
     return found
@@ -177,6 +189,44 @@ def commands() -> str:
         title, arguments = " ".join(["flowerbed", *words]), [*words, "--help"]
         lines += ["", f"## {title}", "", "```text", help_text(arguments).rstrip(), "```"]
     return "\n".join([*lines, ""])
+
+
+def papers() -> str:
+    """Return the page of the papers that have a record: what they claim, and what came of it here."""
+    standings = [ledger.standing(slug, slug in built()) for slug in catalogue()]
+    found = [(standing, standing.record) for standing in standings if standing.record]
+    lines = ["# Papers and verdicts", "", PAPERS.format(count=len(found))]
+    lines += ["| paper | reproduced | otherwise | scale | one run after the other |", "|---|---|---|---|---|"]
+    for standing, record in found:
+        lines.append(
+            f"| [{standing.slug}](#{standing.slug}) | {standing.passed} | {standing.failed} | {record['scale']} | "
+            f"{duration(record['seconds'])} |"
+        )
+    passed, failed = (sum(getattr(s, name) for s, _ in found) for name in ("passed", "failed"))
+    lines.append(f"| all | {passed} | {failed} | | {duration(sum(r['seconds'] for _, r in found))} |")
+    for standing, record in found:
+        lines += _paper(standing, record)
+    return "\n".join([*lines, ""])
+
+
+def _paper(standing: Standing, record: Record) -> Iterator[str]:
+    seeds = ", ".join(map(str, record["seeds"]))
+    yield from ("", f"## {standing.slug}", "", f"*{record['title']}*", "")
+    where = record["hardware"]["processor"]
+    yield f"{record['scale'].capitalize()} scale, seeds {seeds}, on {where}, {standing.status}."
+    yield from ("", "| claim | verdict | gap: mean and 95 % interval, at least 0 to hold |", "|---|---|---|")
+    for claim in record["claims"]:
+        gaps = "<br>".join(_gap(condition) for condition in claim["conditions"])
+        verdict = claim["verdict"] + (f": {claim['reason']}" if claim["reason"] else "")
+        yield f"| *{_cell(claim['claim'])}*: {_cell(claim['text'])} | {_cell(verdict)} | {gaps} |"
+
+
+def _gap(condition: dict[str, Any]) -> str:
+    numbers = [condition.get(name) for name in ("mean", "low", "high")]
+    if any(number is None for number in numbers):
+        return f"`{_cell(condition['text'])}`"
+    mean, low, high = (f"{number:.3g}" for number in numbers)
+    return f"`{_cell(condition['text'])}`: {mean} [{low}, {high}]"
 
 
 def subcommands() -> list[str]:

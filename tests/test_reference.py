@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from flowerbed.experiments.config import SECTIONS
 from flowerbed.experiments.options import KINDS, options_of, registry
+from flowerbed.experiments.reproduction.ledger import LEDGER
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,17 @@ def test_everything_that_can_be_chosen_or_set_has_its_entry(reference: ModuleTyp
     for command in ("simulate", "export", "bench scale"):
         assert f"\n## flowerbed {command}\n" in pages["commands"]
     assert "usage: flowerbed export" in pages["commands"]
+
+
+def test_every_claim_on_record_stands_with_its_verdict(reference: ModuleType) -> None:
+    page = reference.pages()["papers"]
+    for path in LEDGER.glob("*.json"):
+        record = next(iter(json.loads(path.read_text()).values()))
+        section = page.partition(f"\n## {record['slug']}\n")[2].partition("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| *")]
+        assert [row.split("|")[2].strip() for row in rows] == [claim["verdict"] for claim in record["claims"]]
+        reproduced = sum(claim["verdict"] == "reproduced" for claim in record["claims"])
+        assert f"](#{record['slug']}) | {reproduced} | {len(rows) - reproduced} |" in page
 
 
 def test_docstrings_are_freed_of_accidental_markup(reference: ModuleType) -> None:
