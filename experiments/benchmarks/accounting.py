@@ -23,32 +23,17 @@ def require_proc() -> None:
 
 
 def tree_cpu_seconds(root: int | None = None) -> float:
-    """Return the CPU seconds, user and system, of process ``root``, its descendants and those it has buried.
+    """Return the CPU seconds, user and system, of process ``root``, its descendants and those they have buried.
 
     ``root`` is by default this process. The kernel counts in ticks, usually of 10 ms.
     """
-    children: dict[int, list[int]] = {}
-    spent: dict[int, int] = {}
-    for process, fields in _stats():
-        children.setdefault(int(fields[1]), []).append(process)
-        spent[process] = sum(map(int, fields[11:15]))
-    ticks, todo = 0, [os.getpid() if root is None else root]
-    while todo:
-        process = todo.pop()
-        ticks += spent.get(process, 0)
-        todo += children.get(process, [])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    spent = {process: sum(map(int, fields[11:15])) for process, fields in _tree(root or os.getpid())}
+    return sum(spent.values()) / os.sysconf("SC_CLK_TCK")
 
 
 def kill_tree(root: int) -> None:
     """Kill process ``root`` and its descendants."""
-    children: dict[int, list[int]] = {}
-    for process, fields in _stats():
-        children.setdefault(int(fields[1]), []).append(process)
-    todo = [root]
-    while todo:
-        process = todo.pop()
-        todo += children.get(process, [])
+    for process, _ in _tree(root):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
@@ -92,6 +77,19 @@ class PeakWatch:
     def _sample(self) -> None:
         while not self._over.wait(self.interval):
             self.peak = max(self.peak, own_bytes(self.process))
+
+
+def _tree(root: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield process ``root`` and its descendants, parents first, as they are now, with the fields of their state."""
+    found = dict(_stats())
+    children: dict[int, list[int]] = {}
+    for process, fields in found.items():
+        children.setdefault(int(fields[1]), []).append(process)
+    todo = [root] if root in found else []
+    while todo:
+        process = todo.pop()
+        yield process, found[process]
+        todo += children.get(process, [])
 
 
 def _stats() -> Iterator[tuple[int, list[str]]]:
