@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,17 @@ from pathlib import Path
 import pytest
 
 from flowerbed.experiments.conformance import CHECKS, Case
+from flowerbed.experiments.reproduction.ledger import LEDGER
 from flowerbed.experiments.simulation import simulate
 from flowerbed.strategies.fedprox import FedProx
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FEDERATED = re.findall(r"\(docs/methods/(\w+)\.md\)\s\((\d+) of (\d+)", README)
+CENTRALIZED = re.search(
+    r"of the (\d+) claims of the (\d+) centralized papers (\d+) are reproduced", " ".join(README.split())
+)
 
 
 def test_the_python_example_runs() -> None:
@@ -41,3 +48,16 @@ def test_the_algorithm_is_complete_and_equals_the_one_we_ship(
 
 def test_the_example_is_as_short_as_promised() -> None:
     assert len([line for line in PYTHON[1].splitlines() if line.strip()]) <= 30
+
+
+def test_the_counts_of_claims_are_those_of_the_records() -> None:
+    found = {}
+    for path in LEDGER.glob("*.json"):
+        verdicts = [claim["verdict"] for claim in json.loads(path.read_text())["quick"]["claims"]]
+        found[path.stem] = (verdicts.count("reproduced"), len(verdicts))
+    assert len(FEDERATED) == 4
+    for slug, reproduced, claims in FEDERATED:
+        assert found.pop(slug) == (int(reproduced), int(claims))
+    assert CENTRALIZED is not None
+    passed, count = (sum(numbers) for numbers in zip(*found.values(), strict=True))
+    assert tuple(map(int, CENTRALIZED.groups())) == (count, len(found), passed)
