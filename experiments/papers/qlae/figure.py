@@ -28,6 +28,7 @@ def matrices(made: Reproduction) -> Figure:
         mec, _ = measured_codes(Measured(run.model, run.dataset, run.seed, torch.device("cpu")))
         axis.imshow(mec.nmi, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axis.set_yticks(range(len(FACTORS)), FACTORS)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(f"{arm}: InfoM {mec.modularity:.2f}, InfoE {mec.explicitness:.2f}", fontsize=9)
         figures.finish(axis, "active latent", "")
         axis.grid(False)
@@ -38,7 +39,8 @@ def matrices(made: Reproduction) -> Figure:
             for arm in arms
         ]
         colour, _ = figures.look(place)
-        axes[-1].plot(*zip(*means), "-o", color=colour, label=method, linewidth=1)
+        marker = "-s" if "gan" in method else "-o"
+        axes[-1].plot(*zip(*means), marker, color=colour, label=method, linewidth=1)
         for one, (x, y) in zip(arms, means):
             decay = one.removeprefix(method).removeprefix("-")
             axes[-1].annotate(decay, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
