@@ -56,13 +56,14 @@ def compacted(model: nn.Module, x: Tensor) -> nn.Module:
     except Exception as error:
         # Reading a graph, or running what was cut wrongly, fails with errors of every kind.
         raise ConfigError(
-            f"The channels of {type(model).__name__} cannot be taken out: {type(error).__name__}: {error}"
+            f"The channels of {type(model).__name__} cannot be taken out: {type(error).__name__}: {error}. "
+            "Take the model whole."
         ) from error
     if not torch.allclose(found, expected, atol=ATOL, rtol=RTOL):
         difference = float((found - expected).abs().max())
         raise ConfigError(
             f"Without its zero channels {type(model).__name__} computes something else (by up to {difference:.3g}): "
-            "what follows a channel has to be zero where the channel is."
+            "what follows a channel has to be zero where the channel is. Take the model whole."
         )
     return small
 
