@@ -28,7 +28,7 @@ def matrices(made: Reproduction) -> Figure:
         mec, _ = measured_codes(Measured(run.model, run.dataset, run.seed, torch.device("cpu")))
         axis.imshow(mec.nmi, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axis.set_yticks(range(len(FACTORS)), FACTORS)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
         axis.set_title(f"{arm}: InfoM {mec.modularity:.2f}, InfoE {mec.explicitness:.2f}", fontsize=9)
         figures.finish(axis, "active latent", "")
         axis.grid(False)
