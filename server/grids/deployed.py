@@ -237,6 +237,9 @@ class DeployedGrid(ClientGrid):
         for message in asked:
             copy = flower_compat.message_copy(message, message.content)
             copy.metadata.dst_node_id = self._ids[self._client(message)]
+            # The SuperLink knows messages by their hash, and one that it has delivered already it does not deliver
+            # again: what is sent once more has to be another message.
+            copy.metadata.created_at = time.time()
             # What comes later is of no use, so the SuperLink neither delivers nor takes it then.
             copy.metadata.ttl = self._patience.reply
             outgoing.append(copy)

@@ -33,6 +33,8 @@ class PlayedFlower(Grid):
     plan: dict[float, Any] = field(default_factory=dict)
     answers: bool = True
     """Whether devices that are online answer at once."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """What has been sent and not been answered, with its id."""
 
     def clock(self) -> float:
         return self.now
@@ -77,7 +79,14 @@ class PlayedFlower(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for message in messages:
+            # Flower's id is a hash of message and metadata; one that it has already it takes for the same, delivered.
+            flower_compat.set_message_id(message, "")
+            same = message.object_id
+            if same in self.kept:
+                ids.append(self.kept[same])
+                continue
             flower_compat.set_message_id(message, f"m{len(self.sent)}")
+            self.kept[same] = message.metadata.message_id
             self.sent.append(message)
             ids.append(message.metadata.message_id)
             if message.metadata.dst_node_id not in self.online:
@@ -91,6 +100,8 @@ class PlayedFlower(Grid):
         # In an order of its own, and with something that nobody asked for.
         wanted = sorted(set(message_ids), reverse=True)
         found = [self.replies.pop(i) for i in wanted if i in self.replies]
+        answered = {reply.metadata.reply_to_message_id for reply in found}
+        self.kept = {same: i for same, i in self.kept.items() if i not in answered}
         return found + [r for i, r in self.replies.items() if i.startswith("stray")]
 
 
