@@ -2,7 +2,10 @@
 
 Flower waits 3 seconds between two questions to the server, half a second between two looks for the reply of its own
 process, and has no setting for either, so its clock is replaced where it waits. A device that lost power counts as
-connected, and cannot connect anew, until it has missed two heartbeats of 30 seconds; ours are shorter.
+connected, and cannot connect anew, until it has missed two heartbeats of 30 seconds; ours are shorter. A message whose
+run is stopped while it is being fetched stays behind with Flower, half of it missing; much later it is answered with an
+error, which goes out in place of the reply to the message of that time, and that one is waited for in vain. Here it is
+dropped as any other that cannot be fetched.
 
 Run as ``python -m flowerbed.experiments.deploy.supernode POLL_SECONDS ...`` with ``flower-supernode``'s own arguments.
 """
@@ -13,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from flowerbed.offline import offline_defaults
@@ -39,7 +43,7 @@ class ShortWaits:
 
 
 def install(poll: float) -> None:
-    """Shorten the waits of the SuperNode that this process is about to be."""
+    """Shorten the waits of the SuperNode that this process is about to be, and have it drop what it has half of."""
     offline_defaults()
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection, start_client_internal
@@ -49,6 +53,28 @@ def install(poll: float) -> None:
     for module in (heartbeat, fleet_http_connection):
         beating: Any = module
         beating.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT
+    theirs._pull_and_store_message = _whole_or_not_at_all(theirs._pull_and_store_message)
+
+
+def _whole_or_not_at_all(pull: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Flower's function for fetching a message, which drops those whose run is stopped meanwhile."""
+    from flwr.supercore.run import RunNotRunningException
+
+    def failing(fetch: Callable[..., Any]) -> Callable[..., Any]:
+        def fetched(*given: Any) -> Any:
+            try:
+                return fetch(*given)
+            except RunNotRunningException as stopped:
+                # It is no Exception, so it would pass by what Flower does where fetching fails.
+                raise RuntimeError("its run was stopped") from stopped
+
+        return fetched
+
+    def pull_whole(**given: Any) -> Any:
+        parts = ("pull_object", "confirm_message_received")
+        return pull(**given | {part: failing(given[part]) for part in parts})
+
+    return pull_whole
 
 
 def end_with(parent: int) -> None:

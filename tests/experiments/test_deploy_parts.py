@@ -568,6 +568,51 @@ print("good")
     assert supernode.LOCAL < 0.5
 
 
+@pytest.mark.parametrize("stopped_in", ["pull_object", "confirm_message_received"])
+def test_a_message_whose_run_is_stopped_while_it_is_fetched_leaves_nothing_behind(stopped_in: str) -> None:
+    """Flower keeps it otherwise, without its objects, and answers it much later in place of another one."""
+    code = """
+import sys
+from types import SimpleNamespace as N
+if sys.argv[2] == "ours":
+    import flowerbed.experiments.deploy.supernode as ours
+    ours.install(0.01)
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal as theirs
+from flwr.supernode.nodestate import NodeStateFactory
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 5, 1, 0
+message = Message(RecordDict({"a": ConfigRecord({"b": 1})}), 7, "train")
+message.metadata.__dict__["_message_id"] = message.object_id
+objects = ObjectStoreFactory()
+state = NodeStateFactory(objectstore_factory=objects).state()
+state.set_node_id(7)
+state.store_run(N(run_id=5, fab_hash="f", primary_task_type="", series_id=1))
+def stopped(*given):
+    raise RunNotRunningException
+def fetched(*given):
+    return b"x"
+part = {name: stopped if name == sys.argv[1] else fetched for name in ("pull_object", "confirm_message_received")}
+# The objects are not what their hashes say, which is no matter here.
+objects.store().verify = False
+found = theirs._pull_and_store_message(
+    state=state, object_store=objects.store(), node_config={}, receive=lambda: (message, get_object_tree(message)),
+    get_run=stopped, get_fab=stopped, trusted_entities=None, **part)
+print(found, len(state.get_messages_legacy(is_reply=False)))
+"""
+    left = {
+        way: subprocess.run(
+            [sys.executable, "-c", code, stopped_in, way], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+        for way in ("ours", "theirs")
+    }
+    # Flower's own way is here to show that the message is one which it would keep.
+    assert left == {"ours": "None 0", "theirs": "None 1"}
+
+
 def test_a_process_that_hangs_does_not_keep_the_next_message_from_being_answered(tmp_path: Path) -> None:
     """The first task hangs, the others end; the first is ended once the others have come."""
     code = """
@@ -657,7 +702,9 @@ def test_every_private_flower_name_is_where_it_is_looked_for() -> None:
         "superlink.extensions:get_middleware",
         "superlink.servicer.fleet.fleet_handlers:activate_node",
         "superlink.servicer.fleet.fleet_handlers:push_messages",
+        "supercore.run:RunNotRunningException",
         "supernode.cli.flower_supernode:flower_supernode",
+        "supernode.start_client_internal:_pull_and_store_message",
         "supernode.runtime.run_clientapp:run_clientapp",
     ):
         module, _, attribute = name.partition(":")
