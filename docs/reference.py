@@ -31,7 +31,7 @@ from flowerbed.experiments.options import (
     options_of,
     thing,
 )
-from flowerbed.experiments.reproduction import ledger
+from flowerbed.experiments.reproduction import ledger, report
 from flowerbed.experiments.reproduction.catalogue import catalogue
 from flowerbed.experiments.reproduction.ledger import Record, Standing
 from flowerbed.experiments.reproduction.paper import built
@@ -214,19 +214,18 @@ def _paper(standing: Standing, record: Record) -> Iterator[str]:
     yield from ("", f"## {standing.slug}", "", f"*{record['title']}*", "")
     where = record["hardware"]["processor"]
     yield f"{record['scale'].capitalize()} scale, seeds {seeds}, on {where}, {standing.status}."
-    yield from ("", "| claim | verdict | gap: mean and 95 % interval, at least 0 to hold |", "|---|---|---|")
-    for claim in record["claims"]:
-        gaps = "<br>".join(_gap(condition) for condition in claim["conditions"])
-        verdict = claim["verdict"] + (f": {claim['reason']}" if claim["reason"] else "")
-        yield f"| *{_cell(claim['claim'])}*: {_cell(claim['text'])} | {_cell(verdict)} | {gaps} |"
-
-
-def _gap(condition: dict[str, Any]) -> str:
-    numbers = [condition.get(name) for name in ("mean", "low", "high")]
-    if any(number is None for number in numbers):
-        return f"`{_cell(condition['text'])}`"
-    mean, low, high = (f"{number:.3g}" for number in numbers)
-    return f"`{_cell(condition['text'])}`: {mean} [{low}, {high}]"
+    yield from (
+        "",
+        "| claim | verdict | gap, at least 0 to hold: mean, 95 % interval, by seed |",
+        "|---|---|---|",
+    )
+    for verdict in map(ledger.verdict_of, record["claims"]):
+        said = verdict.verdict + (f": {verdict.reason}" if verdict.reason else "")
+        inequalities, gaps = (text.split("\n") for text in report.numbers(verdict))
+        shown = "<br>".join(
+            f"`{_cell(i)}`: {_cell(gap)}" for i, gap in zip(inequalities, gaps, strict=True) if i
+        )
+        yield f"| *{_cell(verdict.claim)}*: {_cell(verdict.text)} | {_cell(said)} | {shown} |"
 
 
 def subcommands() -> list[str]:

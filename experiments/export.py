@@ -28,6 +28,7 @@ from flowerbed.errors import ConfigError, RunError, unknown_name
 from flowerbed.experiments import model_card, report, run_directory
 from flowerbed.experiments.parts import Parts, build_parts
 from flowerbed.models.compact import compacted
+from flowerbed.models.info import parameter_count
 from flowerbed.storage import atomic_write
 
 WEIGHTS = "model.safetensors"
@@ -94,7 +95,7 @@ def export_run(
     prepared = parts.dataset.prepare(samples)
     with torch.no_grad():
         expected = model(prepared)
-    trained_on = model_card.parameters(model)
+    trained_parameters = parameter_count(model)
     if compact:
         model = compacted(model, prepared)
     folder = out or run / "export"
@@ -108,11 +109,17 @@ def export_run(
         files.append(path)
     facts = {
         **model_card.facts(parts),
-        "parameters": model_card.parameters(model),
+        "parameters": parameter_count(model),
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     atomic_write(folder / "config.json", (json.dumps(facts, indent=1) + "\n").encode())
-    card = model_card.text(parts, report.read_summary(run), model, trained_on, [path.name for path in files])
+    card = model_card.text(
+        parts,
+        report.read_summary(run),
+        trained_parameters,
+        parameter_count(model),
+        [path.name for path in files],
+    )
     atomic_write(folder / "README.md", card.encode())
     return Exported((*files, folder / "config.json", folder / "README.md"), differences)
 

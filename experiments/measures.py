@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowerbed.datasets.dataset import Dataset, Split
 from flowerbed.errors import ConfigError
 from flowerbed.models.compact import compacted
-from flowerbed.models.info import ModelInfo
+from flowerbed.models.info import ModelInfo, parameter_count
 from flowerbed.models.sparsity import multiply_adds, prunable, sparsity_of
 from flowerbed.registry import import_attribute
 
@@ -89,11 +89,10 @@ def latency(measured: Measured) -> dict[str, float]:
     """
     x = next(measured.batches(measured.dataset.test))
     small = compacted(measured.model, x)
-    whole, left = (sum(p.numel() for p in net.parameters()) for net in (measured.model, small))
     return {
         "latency-ms": _milliseconds(measured.model, x),
         "compact-latency-ms": _milliseconds(small, x),
-        "parameters-left": left / whole,
+        "parameters-left": parameter_count(small) / parameter_count(measured.model),
     }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from torch import nn
 
 from flowerbed import __version__
 from flowerbed.datasets.dataset import Dataset
@@ -61,23 +60,15 @@ def facts(parts: Parts) -> dict[str, Any]:
     }
 
 
-def parameters(model: nn.Module) -> int:
-    """Return how many parameters a model has."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def text(
-    parts: Parts, summary: Mapping[str, Any], model: nn.Module, trained: int, files: Sequence[str]
-) -> str:
+def text(parts: Parts, summary: Mapping[str, Any], trained: int, left: int, files: Sequence[str]) -> str:
     """Return the card.
 
-    ``summary`` is the run's, ``trained`` the number of parameters that it trained, of which the model may have fewer,
-    ``files`` are the names of the models beside the card.
+    ``summary`` is the run's, which ``trained`` that many parameters; the files have those that are ``left``. ``files``
+    are the names of the models beside the card.
     """
     simulation, dataset = parts.simulation, parts.dataset
     federation, local = simulation.federation, simulation.local
     strategy = thing("strategy", simulation.strategy.name)
-    left = parameters(model)
     budget = f"{local.steps} steps" if local.steps else f"{local.epochs} epochs"
     sizes = parts.train.sizes
     title = f"{parts.spec.model.name} on {dataset.name} by {simulation.strategy.name}"

@@ -43,8 +43,7 @@ def compacted(model: nn.Module, x: Tensor) -> nn.Module:
         expected = small(x)
     try:
         graph = DependencyGraph().build_dependency(small, example_inputs=x)
-        roles = ModelInfo.of(small).roles.items()
-        heads = {small.get_submodule(name.rpartition(".")[0]) for name, role in roles if role == "head"}
+        heads = {small.get_submodule(name.rpartition(".")[0]) for name in ModelInfo.of(small).head}
         # All groups are known before the first one changes the model.
         for group in list(graph.get_all_groups(ignored_layers=list(heads))):
             root = group[0].dep

@@ -46,3 +46,8 @@ class ModelInfo:
     def backbone(self) -> frozenset[str]:
         """The names outside the head."""
         return frozenset(self.roles) - self.head
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many numbers a model has that are trained."""
+    return sum(p.numel() for p in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowerbed.experiments.conformance import CHECKS, Case
-from flowerbed.experiments.reproduction.ledger import LEDGER
+from flowerbed.experiments.reproduction import ledger
 from flowerbed.experiments.simulation import simulate
 from flowerbed.strategies.fedprox import FedProx
 
@@ -52,8 +51,8 @@ def test_the_example_is_as_short_as_promised() -> None:
 
 def test_the_counts_of_claims_are_those_of_the_records() -> None:
     found = {}
-    for path in LEDGER.glob("*.json"):
-        verdicts = [claim["verdict"] for claim in json.loads(path.read_text())["quick"]["claims"]]
+    for path in ledger.LEDGER.glob("*.json"):
+        verdicts = [claim["verdict"] for claim in ledger.read(path)["quick"]["claims"]]
         found[path.stem] = (verdicts.count("reproduced"), len(verdicts))
     assert len(FEDERATED) == 4
     for slug, reproduced, claims in FEDERATED:

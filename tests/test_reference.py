@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from flowerbed.experiments.config import SECTIONS
 from flowerbed.experiments.options import KINDS, options_of, registry
-from flowerbed.experiments.reproduction.ledger import LEDGER
+from flowerbed.experiments.reproduction import ledger
 from flowerbed.strategies.attacks.presets import ATTACKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +45,8 @@ def test_everything_that_can_be_chosen_or_set_has_its_entry(reference: ModuleTyp
 
 def test_every_claim_on_record_stands_with_its_verdict(reference: ModuleType) -> None:
     page = reference.pages()["papers"]
-    for path in LEDGER.glob("*.json"):
-        record = next(iter(json.loads(path.read_text()).values()))
+    for path in ledger.LEDGER.glob("*.json"):
+        record = next(iter(ledger.read(path).values()))
         section = page.partition(f"\n## {record['slug']}\n")[2].partition("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("| *")]
         assert [row.split("|")[2].strip() for row in rows] == [claim["verdict"] for claim in record["claims"]]

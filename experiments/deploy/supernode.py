@@ -21,6 +21,8 @@ from typing import Any
 
 from flowerbed.offline import offline_defaults
 
+Fetch = Callable[..., Any]
+
 LOCAL = 0.05
 """Seconds between two looks on this machine."""
 
@@ -58,23 +60,29 @@ def install(poll: float) -> None:
 
 def _whole_or_not_at_all(pull: Callable[..., Any]) -> Callable[..., Any]:
     """Return Flower's function for fetching a message, which drops those whose run is stopped meanwhile."""
-    from flwr.supercore.run import RunNotRunningException
 
-    def failing(fetch: Callable[..., Any]) -> Callable[..., Any]:
-        def fetched(*given: Any) -> Any:
-            try:
-                return fetch(*given)
-            except RunNotRunningException as stopped:
-                # It is no Exception, so it would pass by what Flower does where fetching fails.
-                raise RuntimeError("its run was stopped") from stopped
-
-        return fetched
-
-    def pull_whole(**given: Any) -> Any:
-        parts = ("pull_object", "confirm_message_received")
-        return pull(**given | {part: failing(given[part]) for part in parts})
+    def pull_whole(*, pull_object: Fetch, confirm_message_received: Fetch, **given: Any) -> Any:
+        return pull(
+            pull_object=_failing(pull_object),
+            confirm_message_received=_failing(confirm_message_received),
+            **given,
+        )
 
     return pull_whole
+
+
+def _failing(fetch: Fetch) -> Fetch:
+    """Return ``fetch``, failing as it does elsewhere if the run is stopped."""
+    from flwr.supercore.run import RunNotRunningException
+
+    def fetched(*given: Any) -> Any:
+        try:
+            return fetch(*given)
+        except RunNotRunningException as stopped:
+            # It is no Exception, so it would pass by what Flower does where fetching fails.
+            raise RuntimeError("its run was stopped") from stopped
+
+    return fetched
 
 
 def end_with(parent: int) -> None:

@@ -22,7 +22,7 @@ import torch
 from flowerbed.errors import ConfigError, FlowerbedError
 from flowerbed.experiments import paired
 from flowerbed.experiments.reproduction import digests
-from flowerbed.experiments.reproduction.claims import NOT_EVALUATED, REPRODUCED
+from flowerbed.experiments.reproduction.claims import NOT_EVALUATED, REPRODUCED, Judged, Verdict
 from flowerbed.experiments.reproduction.engine import SMOKE, Reproduction
 from flowerbed.experiments.reproduction.paper import Paper, load_paper, load_scale
 from flowerbed.experiments.run_directory import git_commit, versions
@@ -90,6 +90,12 @@ def record_of(made: Reproduction) -> Record:
             "hashes": hashes(paper, made.scale.name),
         }
     )
+
+
+def verdict_of(claim: Record) -> Verdict:
+    """Return a verdict as it was before it stood in a record."""
+    parts = {name: tuple(Judged(**one) for one in claim[name]) for name in ("conditions", "mechanism")}
+    return Verdict(claim["claim"], claim["text"], claim["verdict"], claim["reason"], **parts)
 
 
 def _arm(made: Reproduction, arm: str) -> Record:

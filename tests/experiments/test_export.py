@@ -23,35 +23,37 @@ from flowerbed.models.zoo import build_model
 TWO_LINES = 'from safetensors.torch import load_file\nstate = load_file("model.safetensors")\n'
 
 
+def simulated(directory: Path, *settings: str) -> Path:
+    """Return the directory of a finished run."""
+    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
+    return directory
+
+
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a run that leaves 6 of 20 units."""
-    directory = tmp_path_factory.mktemp("export") / "sparse"
-    settings = [
+    return simulated(
+        tmp_path_factory.mktemp("export") / "sparse",
         "strategy=flowerbed.experiments.papers.wgsef:Wgsef",
         "strategy.k=0.3",
         "federation.clients=2",
         "federation.rounds=2",
         "model=mlp",
         "model.hidden=[20]",
-    ]
-    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
-    return directory
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a run whose model is not the initial one."""
-    directory = tmp_path_factory.mktemp("export") / "run"
-    settings = [
+    return simulated(
+        tmp_path_factory.mktemp("export") / "run",
         "federation.clients=4",
         "federation.rounds=2",
         "model=resnet8",
         "model.norm=bn",
         "local.steps=3",
-    ]
-    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
-    return directory
+    )
 
 
 def reference(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +252,8 @@ def test_compact_files_hold_what_is_not_zero(sparse: Path, tmp_path: Path, name:
 
 def test_where_nothing_is_zero_nothing_is_taken_out(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="needs flowerbed[sparsity]")
-    directory = tmp_path / "run"
-    settings = ["federation.clients=2", "federation.rounds=1", "model=small_cnn", "local.steps=1"]
-    assert cli.main(["simulate", *settings, f"run.dir={directory}", "--json"]) == 0
+    settings = ("federation.clients=2", "federation.rounds=1", "model=small_cnn", "local.steps=1")
+    directory = simulated(tmp_path / "run", *settings)
     # Nothing is zero, so nothing is taken out, and the files are those of the whole model.
     export.export_run(directory, out=tmp_path / "out", compact=True)
     whole, made = (

@@ -404,3 +404,11 @@ def test_papers_shows_every_method(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "global-mp" in shown
     assert "not run" in shown
     assert "ps-kd" not in shown
+
+
+@pytest.mark.parametrize("path", sorted(ledger.LEDGER.glob("*.json")), ids=lambda path: path.stem)
+def test_verdicts_are_read_back_from_a_record_as_they_were(path: Path) -> None:
+    for record in ledger.read(path).values():
+        for claim in record["claims"]:
+            verdict = ledger.verdict_of(claim)
+            assert json.loads(json.dumps(dataclasses.asdict(verdict) | {"clear": verdict.clear})) == claim

@@ -32,9 +32,7 @@ def trained(model: nn.Module) -> nn.Module:
     torch.manual_seed(1)
     for value in model.state_dict().values():
         if value.is_floating_point():
-            value.copy_(torch.rand_like(value) + 0.1)
-            if value.ndim > 1:
-                value.copy_(torch.randn_like(value))
+            value.copy_(torch.randn_like(value) if value.ndim > 1 else torch.rand_like(value) + 0.1)
     return model.eval()
 
 
